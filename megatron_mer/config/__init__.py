@@ -1,0 +1,42 @@
+"""A run's configuration: its schema, and loading it with every problem found at once."""
+
+from megatron_mer.config.checks import check_layout
+from megatron_mer.config.describe import describe
+from megatron_mer.config.load import load_config, resolve_vocab, to_yaml
+from megatron_mer.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    DatasetConfig,
+    EvaluateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ReplayConfig,
+    ReptileConfig,
+    RunConfig,
+    ScheduleConfig,
+    TaskConfig,
+)
+from megatron_mer.config.sizes import SIZES, model_of_size
+
+__all__ = [
+    "SIZES",
+    "BatchConfig",
+    "CheckpointConfig",
+    "DatasetConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ReplayConfig",
+    "ReptileConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TaskConfig",
+    "check_layout",
+    "describe",
+    "load_config",
+    "model_of_size",
+    "resolve_vocab",
+    "to_yaml",
+]

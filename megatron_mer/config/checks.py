@@ -1,0 +1,329 @@
+"""Rules between values: each names the numbers that contradict each other.
+
+A check is a generator over the problems it finds. It may meet a section of which some values were
+refused; asking for one of those ends the check, and what it found before stays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, cast
+
+from megatron_mer.config.parse import NotParsedError, Partial
+from megatron_mer.config.schema import (
+    TOKENIZER_KINDS,
+    DatasetConfig,
+    RunConfig,
+    TaskConfig,
+)
+from megatron_mer.errors import Problem
+
+Problems = Iterator[Problem]
+
+
+def check_run(run: RunConfig | Partial) -> list[Problem]:
+    """Finds every contradiction inside a configuration that needs no number of ranks."""
+    config = cast(RunConfig, run)
+    found: list[Problem] = []
+    for check in _RUN_CHECKS:
+        found += _as_far_as_parsed(check(config))
+    for index, entry in enumerate(_entries(config)):
+        for entry_check in _ENTRY_CHECKS:
+            found += _as_far_as_parsed(entry_check(entry, f"stream.{index}"))
+    return found
+
+
+def check_layout(config: RunConfig, world_size: int) -> list[Problem]:
+    """Finds what keeps a configuration from running on a number of ranks.
+
+    Args:
+        config: a loaded configuration; while `model.vocab_size` is None its split is not checked.
+        world_size: number of ranks.
+
+    Returns:
+        Every problem; none means that the layout works and dp_size is
+        world_size / (tp_size * pp_size).
+    """
+    found: list[Problem] = []
+    for check in (_zero_stage, _tensor_split, _stages):
+        found += check(config)
+    tp_size, pp_size = config.parallel.tp_size, config.parallel.pp_size
+    dp_size, left = divmod(world_size, tp_size * pp_size)
+    if left or dp_size < 1:
+        given = f"tp_size {tp_size} x pp_size {pp_size} = {tp_size * pp_size} ranks a replica"
+        remedy = "start another number of processes or change tp_size or pp_size"
+        allowed = f"a divisor of the number of ranks, {world_size}"
+        found.append(Problem("parallel", given, allowed, remedy))
+        # What dp_size would be is open, but the rows have to fit one replica in any case.
+        dp_size = 1
+    found += _rows(config, dp_size)
+    return found
+
+
+def _as_far_as_parsed(problems: Iterable[Problem]) -> Problems:
+    try:
+        yield from problems
+    except NotParsedError:
+        return
+
+
+def _entries(config: RunConfig) -> tuple[TaskConfig, ...]:
+    try:
+        return config.stream
+    except NotParsedError:
+        return ()
+
+
+def _datasets(config: RunConfig) -> Iterator[tuple[str, DatasetConfig]]:
+    """Gives the path and the dataset of every training dataset that could be parsed."""
+    for index, entry in enumerate(_entries(config)):
+        try:
+            train = entry.train
+        except NotParsedError:
+            continue
+        for place, dataset in enumerate(train):
+            if not isinstance(dataset, Partial):
+                yield f"stream.{index}.train.{place}", dataset
+
+
+def _valid_sets(config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """Gives path, name and prefix of every held-out set that could be parsed."""
+    for index, entry in enumerate(_entries(config)):
+        try:
+            valid, task = entry.valid, entry.task
+        except NotParsedError:
+            continue
+        sets = {task: valid} if isinstance(valid, str) else valid or {}
+        for name, prefix in sets.items():
+            suffix = "" if isinstance(valid, str) else f".{name}"
+            yield f"stream.{index}.valid{suffix}", name, prefix
+
+
+# Sections ---------------------------------------------------------------------------------------
+
+
+def _tokenizer(config: RunConfig) -> Problems:
+    kind, colon, path = config.tokenizer.partition(":")
+    if not colon or kind not in TOKENIZER_KINDS or not path:
+        allowed = ", ".join(f"{kind}:PATH" for kind in TOKENIZER_KINDS)
+        yield Problem("tokenizer", f"given {config.tokenizer!r}", allowed)
+
+
+def _heads(config: RunConfig) -> Problems:
+    hidden_size, num_heads = config.model.hidden_size, config.model.num_heads
+    if hidden_size % num_heads or (hidden_size // num_heads) % 2:
+        given = f"hidden_size {hidden_size} / num_heads {num_heads} = {hidden_size / num_heads:g}"
+        yield Problem("model.num_heads", given, "an even width of a head (rotary pairs)")
+    num_kv_heads = config.model.num_kv_heads
+    if num_heads % num_kv_heads:
+        given = f"{num_kv_heads} heads of keys and values for num_heads {num_heads}"
+        yield Problem("model.num_kv_heads", given, f"a divisor of {num_heads}")
+
+
+def _schedule(config: RunConfig) -> Problems:
+    schedule = config.schedule
+    if schedule.kind == "constant":
+        for key, value, default in (
+            ("min_lr", schedule.min_lr, 0.0),
+            ("total_steps", schedule.total_steps, None),
+        ):
+            if value != default:
+                given = f"given {value:g}, which kind constant does not use"
+                yield Problem(f"schedule.{key}", given, "nothing", "leave it out or choose cosine")
+    elif schedule.min_lr > config.optimizer.lr:
+        given = f"{schedule.min_lr:g} is above the peak, optimizer.lr {config.optimizer.lr:g}"
+        yield Problem("schedule.min_lr", given, f"0 to {config.optimizer.lr:g}")
+
+
+def _horizon(config: RunConfig) -> Problems:
+    total, warmup = config.schedule.total_steps, config.schedule.warmup_steps
+    trained = [entry for entry in config.stream if not entry.trained_before]
+    steps = [entry.steps for entry in trained if entry.steps is not None]
+    if total is not None and sum(steps) > total:
+        given = f"{total} steps end before the stream, which has {sum(steps)}"
+        yield Problem("schedule.total_steps", given, f">= {sum(steps)}", "raise it or leave it out")
+    # A task given in fresh tokens takes a number of steps that only the plan knows.
+    if total is None and len(steps) == len(trained):
+        total = sum(steps)
+    if total and warmup > total:
+        given = f"{warmup} steps of warm-up in a schedule of {total}"
+        yield Problem("schedule.warmup_steps", given, f"0 to {total}")
+
+
+def _nesterov(config: RunConfig) -> Problems:
+    if config.reptile is not None and config.reptile.nesterov and config.reptile.momentum == 0:
+        allowed = "false, as reptile.momentum is 0"
+        remedy = "give a momentum or leave nesterov out"
+        yield Problem("reptile.nesterov", "given true", allowed, remedy)
+
+
+def _evaluate(config: RunConfig) -> Problems:
+    if config.evaluate is not None and not any(entry.valid for entry in config.stream):
+        given = "no entry of the stream names held-out data"
+        yield Problem("evaluate", given, "", "add valid: to the stream or leave evaluate out")
+
+
+# Layout -----------------------------------------------------------------------------------------
+
+
+def _zero_stage(config: RunConfig) -> Problems:
+    stage = config.parallel.zero_stage
+    if stage == 0 and config.precision != "fp32":
+        given = "given 0 with precision bf16, where DeepSpeed would sum gradients in bf16"
+        yield Problem("parallel.zero_stage", given, "1; 0 with precision fp32 only")
+    elif stage >= 2:
+        given = f"given {stage}, which shards gradients and does not work with pipeline stages"
+        yield Problem("parallel.zero_stage", given, "1; 0 with precision fp32 only")
+
+
+def _tensor_split(config: RunConfig) -> Problems:
+    tp_size = config.parallel.tp_size
+    for key in ("num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"):
+        size = getattr(config.model, key)
+        if size is None or size % tp_size == 0:
+            continue
+        remedy = "change one of the two"
+        if key == "vocab_size":
+            padded = -(-size // tp_size) * tp_size
+            remedy = f"set model.vocab_size to {padded}: the rows above {size} stay unused"
+        given = f"{size} does not divide into parallel.tp_size {tp_size}"
+        yield Problem(f"model.{key}", given, f"a multiple of {tp_size}", remedy)
+
+
+def _stages(config: RunConfig) -> Problems:
+    pp_size, num_layers = config.parallel.pp_size, config.model.num_layers
+    if pp_size > num_layers:
+        given = f"{pp_size} stages for model.num_layers {num_layers}"
+        yield Problem("parallel.pp_size", given, f"1 to {num_layers}")
+
+
+def _rows(config: RunConfig, dp_size: int) -> Problems:
+    rows, micro = config.batch.global_batch_size, config.batch.micro_batch_size
+    if rows % (micro * dp_size):
+        given = (
+            f"{rows} rows do not divide into micro_batch_size {micro} "
+            f"x dp_size {dp_size} = {micro * dp_size}"
+        )
+        allowed = f"a multiple of {micro * dp_size}"
+        yield Problem("batch.global_batch_size", given, allowed)
+
+
+def _rows_of_one_rank(config: RunConfig) -> Problems:
+    rows, micro = config.batch.global_batch_size, config.batch.micro_batch_size
+    if rows % micro:
+        given = f"{rows} rows do not divide into micro_batch_size {micro}"
+        yield Problem("batch.global_batch_size", given, f"a multiple of {micro}")
+
+
+# Stream -----------------------------------------------------------------------------------------
+
+
+def _trained(config: RunConfig) -> Problems:
+    first = None
+    for index, entry in enumerate(config.stream):
+        try:
+            before = entry.trained_before
+        except NotParsedError:
+            continue
+        if not before:
+            first = index if first is None else first
+        elif first is not None:
+            given = f"given true after stream.{first}, which this run trains"
+            allowed = "trained_before only ahead of what this run trains"
+            yield Problem(f"stream.{index}.trained_before", given, allowed, "move the entry up")
+    if all(entry.trained_before for entry in config.stream):
+        given = f"each of the {len(config.stream)} entries has trained_before, so nothing is left"
+        yield Problem("stream", given, "at least one entry that this run trains")
+
+
+def _trained_before_use(config: RunConfig) -> Problems:
+    for index, entry in enumerate(config.stream):
+        if entry.trained_before and config.replay is None and not entry.valid:
+            given = "given true, which without replay: and valid: has no effect"
+            remedy = "add one of them or remove the entry"
+            yield Problem(f"stream.{index}.trained_before", given, "", remedy)
+
+
+def _dataset_names(config: RunConfig) -> Problems:
+    """A name stands for one dataset, whose order and place go on when its task returns."""
+    first: dict[str, tuple[str, str]] = {}
+    for path, dataset in _datasets(config):
+        where, prefix = first.setdefault(dataset.name, (path, dataset.prefix))
+        if os.path.normpath(prefix) != os.path.normpath(dataset.prefix):
+            given = f"{dataset.name!r} names {dataset.prefix} here, but {prefix} in {where}"
+            remedy = "give one of them a name: of its own"
+            yield Problem(f"{path}.name", given, "one dataset a name in the whole run", remedy)
+
+
+def _prefixes(config: RunConfig) -> Problems:
+    trained = [(f"{path}.prefix", dataset.prefix) for path, dataset in _datasets(config)]
+    held_out = [(path, prefix) for path, _, prefix in _valid_sets(config)]
+    for path, prefix in trained + held_out:
+        if prefix.endswith((".bin", ".idx", "/")):
+            allowed = "the path that PREFIX.bin and PREFIX.idx begin with"
+            remedy = f"write {prefix[:-4]}" if prefix[-1] != "/" else "add the file's name"
+            yield Problem(path, f"given {prefix!r}", allowed, remedy)
+
+
+def _valid_names(config: RunConfig) -> Problems:
+    first: dict[str, tuple[str, str]] = {}
+    trained = {os.path.normpath(data.prefix): path for path, data in _datasets(config)}
+    for path, name, prefix in _valid_sets(config):
+        where, earlier = first.setdefault(name, (path, prefix))
+        if os.path.normpath(earlier) != os.path.normpath(prefix):
+            given = f"{name!r} names {prefix} here, but {earlier} in {where}"
+            yield Problem(path, given, "one held-out set a name", "give it another name {name: P}")
+        if os.path.normpath(prefix) in trained:
+            given = f"{prefix} is trained on in {trained[os.path.normpath(prefix)]}"
+            yield Problem(path, given, "data that no entry trains on")
+
+
+def _length(entry: TaskConfig, path: str) -> Problems:
+    given = [key for key in ("steps", "fresh_tokens") if getattr(entry, key) is not None]
+    if entry.trained_before:
+        for key in given:
+            text = f"given {getattr(entry, key)}, but an entry with trained_before takes no step"
+            yield Problem(f"{path}.{key}", text, "nothing", "remove it")
+        if entry.max_epochs != 1:
+            text = f"given {entry.max_epochs:g}, but an entry with trained_before takes no step"
+            yield Problem(f"{path}.max_epochs", text, "nothing", "remove it")
+    elif not given:
+        yield Problem(path, "has no length", "either steps or fresh_tokens", "add one of them")
+    elif len(given) == 2:
+        text = f"given steps {entry.steps} and fresh_tokens {entry.fresh_tokens}"
+        yield Problem(path, text, "either steps or fresh_tokens", "remove one of them")
+
+
+def _train(entry: TaskConfig, path: str) -> Problems:
+    weighted = sum(dataset.weight is not None for dataset in entry.train)
+    if weighted not in (0, len(entry.train)):
+        given = f"{weighted} of {len(entry.train)} datasets have a weight"
+        yield Problem(f"{path}.train", given, "a weight for all of them or for none")
+    names = [dataset.name for dataset in entry.train]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        # Two prefixes under one name are reported for the whole run.
+        if len({dataset.prefix for dataset in entry.train if dataset.name == name}) == 1:
+            given = f"the dataset {name!r} stands here {names.count(name)} times"
+            remedy = "list it once, with a weight if it should count more"
+            yield Problem(f"{path}.train", given, "each dataset once", remedy)
+
+
+_RUN_CHECKS: Final[tuple[Callable[[Any], Problems], ...]] = (
+    _tokenizer,
+    _heads,
+    _zero_stage,
+    _tensor_split,
+    _stages,
+    _rows_of_one_rank,
+    _schedule,
+    _horizon,
+    _nesterov,
+    _evaluate,
+    _trained,
+    _trained_before_use,
+    _dataset_names,
+    _prefixes,
+    _valid_names,
+)
+_ENTRY_CHECKS: Final[tuple[Callable[[Any, str], Problems], ...]] = (_length, _train)

@@ -1,0 +1,286 @@
+"""Every key of a run's configuration: its name, type, range, default and meaning.
+
+The classes are plain frozen dataclasses. Constructing one by hand checks nothing; `load_config`
+checks everything. The text below each field is what `--help` prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Annotated, Any, Final, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import AllowInfNan, BeforeValidator, Strict
+
+LARGEST: Final = 2**63 - 1
+"""Largest whole number: steps, tokens and seeds are 64-bit integers in the plan."""
+ALPHA_DECIMALS: Final = 9
+"""Decimal places of `replay.alpha`, so that its exact arithmetic fits into 64-bit integers."""
+TOKENIZER_KINDS: Final = ("sentencepiece",)
+
+
+@dataclass(frozen=True)
+class Note:
+    """Metadata of a field's type: more about what is allowed, for messages and `--help`."""
+
+    text: str
+
+
+def _whole(value: Any) -> Any:
+    """Takes 1e9 for the whole number it is; leaves anything else as it was given."""
+    if isinstance(value, Decimal) and abs(value) <= LARGEST and value == value.to_integral_value():
+        return int(value)
+    return value
+
+
+def _real(value: Any) -> Any:
+    """Numbers of a file arrive as exact decimals."""
+    return float(value) if isinstance(value, Decimal) else value
+
+
+def _exact_share(value: Any) -> Any:
+    """Keeps the digits that were written; a binary float would make 0.29 a little less."""
+    if isinstance(value, bool) or not isinstance(value, int | Decimal):
+        raise ValueError("not a number")
+    share = Decimal(value)
+    exponent = share.normalize().as_tuple().exponent if share.is_finite() else None
+    if not isinstance(exponent, int) or -exponent > ALPHA_DECIMALS:
+        raise ValueError("not finite, or too many decimal places")
+    return share
+
+
+Text = Annotated[str, Strict(), MinLen(1)]
+Flag = Annotated[bool, Strict()]
+Count = Annotated[int, BeforeValidator(_whole), Strict(), Ge(1), Le(LARGEST)]
+CountOrZero = Annotated[int, BeforeValidator(_whole), Strict(), Ge(0), Le(LARGEST)]
+Positive = Annotated[float, BeforeValidator(_real), Strict(), AllowInfNan(False), Gt(0)]
+NotNegative = Annotated[float, BeforeValidator(_real), Strict(), AllowInfNan(False), Ge(0)]
+Share = Annotated[float, BeforeValidator(_real), Strict(), AllowInfNan(False), Ge(0), Le(1)]
+ShareBelowOne = Annotated[float, BeforeValidator(_real), Strict(), AllowInfNan(False), Ge(0), Lt(1)]
+Alpha = Annotated[
+    Decimal,
+    BeforeValidator(_exact_share),
+    Ge(0),
+    Lt(1),
+    Note(
+        f"with at most {ALPHA_DECIMALS} decimal places, taken exactly; "
+        "1 would leave no fresh row in a batch, so that no task ever advances"
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the Llama: by `size`, by hand, or a size with some dimensions changed."""
+
+    size: Text | None = None
+    """A named shape (megatron_mer/config/sizes.py); dimensions given beside it override its own."""
+    seq_length: Count
+    """S, tokens of a row. A dataset of n tokens has (n - 1) // S samples."""
+    hidden_size: Count
+    """D, width of the residual stream."""
+    num_layers: Count
+    """Transformer blocks."""
+    num_heads: Count
+    """H, attention heads; hidden_size / num_heads has to be an even number (rotary pairs)."""
+    num_kv_heads: Count
+    """Hkv, heads of keys and values, a divisor of num_heads; by hand the default is num_heads."""
+    ffn_hidden_size: Count
+    """F, width of the gated SwiGLU feed-forward layer."""
+    vocab_size: Count | None = None
+    """V; default: the tokenizer's. A larger one leaves unused rows, so that tp_size divides it."""
+    tie_embeddings: Flag = False
+    """Share one weight between the input embedding and the output head."""
+    rope_base: Positive = 10000.0
+    """Base of the rotary position embedding."""
+    norm_eps: Positive = 1e-5
+    """Epsilon of RMSNorm."""
+    init_std: Positive = 0.02
+    """Standard deviation of the initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model lies on the ranks; dp_size = ranks / (tp_size * pp_size) follows."""
+
+    tp_size: Count = 1
+    """Tensor-parallel ranks: each layer's weights are split over them."""
+    pp_size: Count = 1
+    """Pipeline stages: the layers are split over them."""
+    zero_stage: Annotated[CountOrZero, Note("1; 0 with precision fp32 only")] = 1
+    """1: optimizer state sharded over the data-parallel ranks; 0: replicated, in fp32 only."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full: recompute each block in the backward pass; less memory, about a third more compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Rows of an optimizer step."""
+
+    global_batch_size: Count
+    """N, rows of one optimizer step over all ranks; a multiple of micro_batch_size * dp_size."""
+    micro_batch_size: Count
+    """Rows that a rank computes at once; changes memory and speed, never the result's meaning."""
+    eod_mask_loss: Flag = False
+    """Leave the first token of each document out of the loss: nothing before it foretells it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: Positive
+    """Peak learning rate."""
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
+    """Decay rates of the first and the second moment."""
+    eps: Positive = 1e-8
+    """Adam's eps, which is not Reptile's epsilon."""
+    weight_decay: NotNegative = 0.1
+    """Decoupled weight decay of the matrices; norm weights are not decayed."""
+    clip: NotNegative = 1.0
+    """Largest norm of the global gradient; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over the optimizer steps of the whole stream."""
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    """cosine: warm up, then one cosine to min_lr at total_steps; constant: warm up, then stay."""
+    warmup_steps: CountOrZero = 0
+    """Steps of the linear warm-up from 0 to optimizer.lr."""
+    min_lr: NotNegative = 0.0
+    """Learning rate at the end of the cosine."""
+    total_steps: Count | None = None
+    """Where the cosine ends, in steps; default: the end of the stream."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """A tokenized dataset; in a list a bare prefix stands for {prefix: ...}."""
+
+    prefix: Text
+    """Path of PREFIX.bin and PREFIX.idx; a relative one starts at the working directory."""
+    weight: Positive | None = None
+    """Share among the datasets of its task, relative to the others; for all of them or for none
+    (none: in proportion to their sizes)."""
+    name: Text = ""
+    """Keys the order of its samples and its place in the ledger; default: the prefix's last part.
+    A dataset that moves to another path keeps its name."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self.prefix.rpartition("/")[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """An entry of the stream: a task trained for a while. A task may return later in the stream."""
+
+    task: Text
+    """Name of the task."""
+    train: tuple[DatasetConfig, ...]
+    """Datasets that it is trained on."""
+    valid: (
+        Annotated[
+            Text | dict[Text, Text], Note("a prefix, or a section of prefixes by name {name: P}")
+        ]
+        | None
+    ) = None
+    """Held-out data: one prefix, named after the task, or several by name {en: P, fr: P}."""
+    steps: Count | None = None
+    """Length in global batches: fixed total, so replay takes the place of fresh rows."""
+    fresh_tokens: Count | None = None
+    """Length in fresh tokens, instead of steps: fixed fresh, so replay makes the task longer."""
+    max_epochs: Positive = 1.0
+    """How often each of its datasets may be read; asking for more samples is an error."""
+    trained_before: Flag = False
+    """Trained before this run: takes no step here, but may be replayed from the first batch on."""
+
+    @property
+    def valid_sets(self) -> dict[str, str]:
+        """Held-out sets, name -> prefix."""
+        if isinstance(self.valid, str):
+            return {self.task: self.valid}
+        return dict(self.valid or {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Experience replay: a share of each global batch was trained on before."""
+
+    alpha: Alpha
+    """Share of replayed rows: after t batches of a task exactly floor(alpha * N * t) of them."""
+    source: Literal["stream"] = "stream"
+    """stream: rows are read again from the datasets, which therefore stay in place."""
+    policy: Literal["uniform"] = "uniform"
+    """uniform: each fresh sample that was consumed before is equally likely."""
+    include_current_task: Flag = False
+    """Replay earlier samples of the current task too, as the paper does; else past tasks only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReptileConfig:
+    """Reptile: every k steps the weights become anchor + epsilon * (weights - anchor)."""
+
+    k: Count
+    """Optimizer steps between two Reptile updates (paper: 500)."""
+    epsilon: Share
+    """Share of the way from the anchor that is kept: 1 changes nothing, 0 undoes the window."""
+    momentum: ShareBelowOne = 0.0
+    """Momentum of the outer step; 0 is plain Reptile."""
+    nesterov: Flag = False
+    """Nesterov's form of the momentum; needs momentum > 0."""
+    track_cosine: Flag = True
+    """Log the cosine between consecutive deltas; without momentum it keeps one more bf16 copy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluation of all held-out sets: always before the first step and at the end of each task."""
+
+    every_steps: Count | None = None
+    """Evaluate every so many steps as well; such results draw curves and enter no summary."""
+    max_batches: Count | None = None
+    """Read at most so many global batches of each set; default: all of it, once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints: always at the end of each task."""
+
+    every_steps: Count | None = None
+    """Save every so many steps as well."""
+    keep_last: Count = 2
+    """How many of the newest checkpoints stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run."""
+
+    name: Text
+    """Name of the run, for people and for metric services."""
+    seed: CountOrZero
+    """Key of everything random: initial weights, order of the data, replay."""
+    precision: Literal["bf16", "fp32"]
+    """bf16: computes in bfloat16 with fp32 master weights and gradient sums; fp32: throughout."""
+    model: ModelConfig
+    tokenizer: Text
+    """KIND:PATH, the tokenizer that the datasets were written with; KIND: sentencepiece."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stream: tuple[TaskConfig, ...]
+    """The tasks, in their order."""
+    replay: ReplayConfig | None = None
+    """Leave out: no replay."""
+    reptile: ReptileConfig | None = None
+    """Leave out: no Reptile."""
+    evaluate: EvaluateConfig | None = None
+    """Leave out: the held-out sets are read whole, before the first step and at each task's end."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    output_dir: Text
+    """Folder of all that the run leaves behind; a relative one starts at the working directory."""

@@ -1,0 +1,1 @@
+"""Starting a run: ranks under every launcher."""
