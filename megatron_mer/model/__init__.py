@@ -1,0 +1,37 @@
+"""Llama in plain PyTorch, as a list of layers that know no ranks."""
+
+from megatron_mer.model.dimensions import Dimensions
+from megatron_mer.model.flops import layer_costs
+from megatron_mer.model.init import init_parameter, init_std, init_tensor, initialise_layer
+from megatron_mer.model.llama import (
+    MLP,
+    Attention,
+    Block,
+    Embedding,
+    FinalNorm,
+    Head,
+    Llama,
+    RMSNorm,
+    build_layers,
+)
+from megatron_mer.model.rope import apply_rope, rope_tables
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Block",
+    "Dimensions",
+    "Embedding",
+    "FinalNorm",
+    "Head",
+    "Llama",
+    "RMSNorm",
+    "apply_rope",
+    "build_layers",
+    "init_parameter",
+    "init_std",
+    "init_tensor",
+    "initialise_layer",
+    "layer_costs",
+    "rope_tables",
+]
