@@ -1,0 +1,183 @@
+// Python bindings of the plan. Nothing is computed here: arguments in, arrays out.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "plan.hpp"
+
+namespace py = pybind11;
+using namespace py::literals;
+using mer::i64;
+using mer::u64;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+std::vector<T> to_vector(const Array<T>& array, const char* name) {
+    if (array.ndim() != 1) {
+        throw std::invalid_argument(std::string(name) + " must have 1 dimension, not " +
+                                    std::to_string(array.ndim()));
+    }
+    return std::vector<T>(array.data(), array.data() + array.size());
+}
+
+template <class T>
+Array<T> to_array(const std::vector<T>& values) {
+    return Array<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+mer::EntrySpec make_spec(const Array<i64>& datasets, const Array<double>& weights, i64 batches,
+                         i64 fresh_rows, bool trained_before) {
+    return {to_vector(datasets, "datasets"), to_vector(weights, "weights"), batches, fresh_rows,
+            trained_before};
+}
+
+std::unique_ptr<mer::Plan> make_plan(u64 seed, i64 global_batch_size, i64 alpha_numerator,
+                                     i64 alpha_denominator, bool include_current_task,
+                                     const Array<u64>& dataset_keys,
+                                     const Array<i64>& dataset_sizes,
+                                     const std::vector<mer::EntrySpec>& entries) {
+    std::vector<u64> keys = to_vector(dataset_keys, "dataset_keys");
+    std::vector<i64> sizes = to_vector(dataset_sizes, "dataset_sizes");
+    const py::gil_scoped_release unlocked;
+    return std::make_unique<mer::Plan>(
+        seed, global_batch_size, mer::Fraction{alpha_numerator, alpha_denominator},
+        include_current_task, std::move(keys), std::move(sizes), entries);
+}
+
+py::tuple rows(const mer::Plan& plan, i64 batch, i64 start, std::optional<i64> stop) {
+    const i64 end = stop.value_or(plan.global_batch_size());
+    const py::ssize_t size = std::max<i64>(end - start, 0);  // wrong ranges are refused below
+    if (size > plan.global_batch_size()) {
+        throw std::invalid_argument("a batch has " + std::to_string(plan.global_batch_size()) +
+                                    " rows, not " + std::to_string(size));
+    }
+    Array<std::uint8_t> kind(size);
+    Array<std::int32_t> entry(size), dataset(size);
+    Array<i64> sample(size), ordinal(size);
+    const mer::RowColumns columns{kind.mutable_data(), entry.mutable_data(), dataset.mutable_data(),
+                                  sample.mutable_data(), ordinal.mutable_data()};
+    {
+        const py::gil_scoped_release unlocked;
+        plan.rows(batch, start, end, columns);
+    }
+    return py::make_tuple(kind, entry, dataset, sample, ordinal);
+}
+
+py::tuple ledger(mer::Plan& plan, i64 batches) {
+    mer::Ledger result;
+    {
+        const py::gil_scoped_release unlocked;
+        result = plan.ledger(batches);
+    }
+    return py::make_tuple(to_array(result.fresh), to_array(result.replayed),
+                          to_array(result.skipped), to_array(result.replay_rows),
+                          to_array(result.pool_batches));
+}
+
+Array<u64> permute(const mer::Permutation& permutation, u64 key, const Array<u64>& indices,
+                   bool inverse) {
+    std::vector<u64> values = to_vector(indices, "indices");
+    {
+        const py::gil_scoped_release unlocked;
+        for (u64& value : values) {
+            value = inverse ? permutation.inverse(key, value) : permutation.forward(key, value);
+        }
+    }
+    return to_array(values);
+}
+
+// The core trusts its callers here, since it asks once or twice for every row.
+const mer::WeightTree& checked(const mer::WeightTree& tree, i64 n, i64 leaf = 0) {
+    if (n < 0 || n > static_cast<i64>(mer::kMaxSize) || leaf < 0 || leaf >= tree.num_leaves()) {
+        throw std::invalid_argument("sample " + std::to_string(n) + " of dataset " +
+                                    std::to_string(leaf) + " is outside of a blend of " +
+                                    std::to_string(tree.num_leaves()) + " datasets");
+    }
+    return tree;
+}
+
+void bind_plan(py::module_& module) {
+    using Unlocked = py::call_guard<py::gil_scoped_release>;
+    py::class_<mer::EntrySpec>(module, "EntrySpec")
+        .def(py::init(&make_spec), "datasets"_a.noconvert(), "weights"_a.noconvert(),
+             "batches"_a.noconvert(), "fresh_rows"_a.noconvert(), "trained_before"_a.noconvert());
+    py::class_<mer::Plan>(module, "Plan")
+        .def(py::init(&make_plan), py::kw_only(), "seed"_a.noconvert(),
+             "global_batch_size"_a.noconvert(), "alpha_numerator"_a.noconvert(),
+             "alpha_denominator"_a.noconvert(), "include_current_task"_a.noconvert(),
+             "dataset_keys"_a.noconvert(), "dataset_sizes"_a.noconvert(), "entries"_a)
+        .def_property_readonly("total_batches", &mer::Plan::total_batches)
+        .def("span", &mer::Plan::span, "entry"_a.noconvert(), Unlocked())
+        .def(
+            "cursors_after",
+            [](const mer::Plan& plan, i64 entry) { return to_array(plan.cursors_after(entry)); },
+            "entry"_a.noconvert())
+        .def("ordinal_at", &mer::Plan::ordinal_at, "batch"_a.noconvert(), Unlocked())
+        .def("replay_rows", &mer::Plan::replay_rows, "batch"_a.noconvert(), Unlocked())
+        .def("rows", &rows, "batch"_a.noconvert(), "start"_a.noconvert() = 0,
+             "stop"_a.noconvert() = py::none())
+        .def("mark_skipped", &mer::Plan::mark_skipped, "batch"_a.noconvert(), Unlocked())
+        .def("skipped", [](const mer::Plan& plan) { return to_array(plan.skipped()); })
+        .def("ledger", &ledger, "batches"_a.noconvert());
+}
+
+void bind_parts(py::module_& module) {
+    py::class_<mer::Permutation>(module, "Permutation")
+        .def(py::init<u64>(), "size"_a.noconvert())
+        .def(
+            "forward",
+            [](const mer::Permutation& self, u64 key, const Array<u64>& indices) {
+                return permute(self, key, indices, false);
+            },
+            "key"_a.noconvert(), "indices"_a.noconvert())
+        .def(
+            "inverse",
+            [](const mer::Permutation& self, u64 key, const Array<u64>& images) {
+                return permute(self, key, images, true);
+            },
+            "key"_a.noconvert(), "images"_a.noconvert());
+    py::class_<mer::WeightTree>(module, "WeightTree")
+        .def_static(
+            "from_weights",
+            [](const Array<double>& weights) {
+                return mer::WeightTree::from_weights(to_vector(weights, "weights"));
+            },
+            "weights"_a.noconvert())
+        .def_static(
+            "from_sizes",
+            [](const Array<i64>& sizes) {
+                return mer::WeightTree::from_sizes(to_vector(sizes, "sizes"));
+            },
+            "sizes"_a.noconvert())
+        .def(
+            "locate",
+            [](const mer::WeightTree& self, i64 n) {
+                const auto place = checked(self, n).locate(n);
+                return std::make_pair(place.leaf, place.ordinal);
+            },
+            "n"_a.noconvert())
+        .def(
+            "counts",
+            [](const mer::WeightTree& self, i64 n) { return to_array(checked(self, n).counts(n)); },
+            "n"_a.noconvert())
+        .def(
+            "count",
+            [](const mer::WeightTree& self, i64 leaf, i64 n) {
+                return checked(self, n, leaf).count(leaf, n);
+            },
+            "leaf"_a.noconvert(), "n"_a.noconvert());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_index, module) {
+    module.doc() = "Plans of a run: which sample stands at which place of which batch.";
+    bind_parts(module);
+    bind_plan(module);
+}

@@ -1,0 +1,90 @@
+"""C++ core of the plan (csrc/). Wrong types raise TypeError, wrong values ValueError."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Permutation:
+    """A keyed permutation of [0, size), 1 <= size <= 2^62, in O(1) memory."""
+
+    def __init__(self, size: int) -> None: ...
+    def forward(self, key: int, indices: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+    def inverse(self, key: int, images: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+
+class WeightTree:
+    """Apportions samples 0, 1, 2, ... to weighted datasets in closed form."""
+
+    @staticmethod
+    def from_weights(weights: NDArray[np.float64]) -> WeightTree: ...
+    @staticmethod
+    def from_sizes(sizes: NDArray[np.int64]) -> WeightTree: ...
+    def locate(self, n: int) -> tuple[int, int]:
+        """The dataset of the n-th sample, and the sample's place among that dataset's."""
+
+    def counts(self, n: int) -> NDArray[np.int64]:
+        """How many of the first n samples each dataset gives."""
+
+    def count(self, leaf: int, n: int) -> int:
+        """counts(n)[leaf] in O(log datasets)."""
+
+class EntrySpec:
+    """An entry: above 0 is either `batches` or `fresh_rows`, or neither if `trained_before`."""
+
+    def __init__(
+        self,
+        datasets: NDArray[np.int64],
+        weights: NDArray[np.float64],
+        batches: int,
+        fresh_rows: int,
+        trained_before: bool,
+    ) -> None: ...
+
+class Plan:
+    """See megatron_mer.continual.plan, which holds the names and the limits."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        global_batch_size: int,
+        alpha_numerator: int,
+        alpha_denominator: int,
+        include_current_task: bool,
+        dataset_keys: NDArray[np.uint64],
+        dataset_sizes: NDArray[np.int64],
+        entries: list[EntrySpec],
+    ) -> None: ...
+    @property
+    def total_batches(self) -> int: ...
+    def span(self, entry: int) -> tuple[int, int]:
+        """First batch of an entry, and the batch after its last."""
+
+    def cursors_after(self, entry: int) -> NDArray[np.int64]:
+        """Samples that the run has taken of each of an entry's datasets when it ends."""
+
+    def ordinal_at(self, batch: int) -> int:
+        """First fresh ordinal of a batch; at `total_batches` the number of all ordinals."""
+
+    def replay_rows(self, batch: int) -> int: ...
+    def rows(
+        self, batch: int, start: int = 0, stop: int | None = None
+    ) -> tuple[
+        NDArray[np.uint8],
+        NDArray[np.int32],
+        NDArray[np.int32],
+        NDArray[np.int64],
+        NDArray[np.int64],
+    ]:
+        """Kind, entry, dataset, sample and ordinal of the rows at places [start, stop)."""
+
+    def mark_skipped(self, batch: int) -> None: ...
+    def skipped(self) -> NDArray[np.int64]: ...
+    def ledger(
+        self, batches: int
+    ) -> tuple[
+        NDArray[np.int64],
+        NDArray[np.int64],
+        NDArray[np.int64],
+        NDArray[np.int64],
+        NDArray[np.int64],
+    ]:
+        """Fresh, replayed and skipped samples by dataset; replay rows and pool batches by entry."""

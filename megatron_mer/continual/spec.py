@@ -1,0 +1,203 @@
+"""What a plan is made from: a resolved stream as plain values, which JSON can hold."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from megatron_mer.errors import Problem
+
+MAX_SEED = 2**64 - 1
+MAX_DENOMINATOR = 10**18
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A dataset of one entry."""
+
+    name: str
+    """Keys its permutation, cursor and ledger; the same name in two entries is the same dataset."""
+    num_samples: int
+    """At least 1."""
+    weight: float | None = None
+    """Above 0; without one the entry's datasets share by their numbers of samples."""
+
+
+@dataclass(frozen=True)
+class EntrySpec:
+    """An entry of the stream; `steps` or `fresh_tokens`, or neither if `trained_before`."""
+
+    task: str
+    datasets: tuple[DatasetSpec, ...]
+    steps: int | None = None
+    """Batches."""
+    fresh_tokens: int | None = None
+    """Tokens that its fresh rows hold together, rounded up to whole batches."""
+    max_epochs: float = 1.0
+    """How often a dataset may have been gone through by the end of this entry."""
+    trained_before: bool = False
+    """It trains no step, and its samples are in the replay pool from batch 0."""
+
+    def sample_limit(self, dataset: DatasetSpec) -> int:
+        """Samples of a dataset within `max_epochs`, by the decimal number as it was written."""
+        return math.floor(Fraction(str(self.max_epochs)) * dataset.num_samples)
+
+
+@dataclass(frozen=True)
+class ReplaySpec:
+    """Where replay rows come from, and how many there are."""
+
+    alpha: Decimal
+    """Share of the global batch, 0 <= alpha < 1, exact."""
+    source: str = "stream"
+    policy: str = "uniform"
+    include_current_task: bool = False
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """Everything that decides every row of a run."""
+
+    seed: int
+    global_batch_size: int
+    """Rows a batch."""
+    seq_length: int
+    """Tokens a row."""
+    replay: ReplaySpec | None
+    stream: tuple[EntrySpec, ...]
+
+    @property
+    def datasets(self) -> dict[str, int]:
+        """Samples of each dataset by its name, in the order of first mention."""
+        return {one.name: one.num_samples for entry in self.stream for one in entry.datasets}
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as JSON types; `from_json` gives an equal specification back."""
+        values = asdict(self)
+        if self.replay is not None:
+            values["replay"]["alpha"] = str(self.replay.alpha)
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PlanSpec:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError, ArithmeticError: it is something else.
+        """
+        replay = values["replay"]
+        return cls(
+            seed=values["seed"],
+            global_batch_size=values["global_batch_size"],
+            seq_length=values["seq_length"],
+            replay=ReplaySpec(**{**replay, "alpha": Decimal(replay["alpha"])}) if replay else None,
+            stream=tuple(
+                EntrySpec(
+                    **{**entry, "datasets": tuple(DatasetSpec(**one) for one in entry["datasets"])}
+                )
+                for entry in values["stream"]
+            ),
+        )
+
+
+def problems_of(spec: PlanSpec) -> list[Problem]:
+    """Everything in a specification that no plan can be made from, by the paths of the YAML."""
+    problems = list(_numbers(spec))
+    if spec.replay is not None:
+        problems += _replay(spec.replay)
+    if all(entry.trained_before for entry in spec.stream):
+        problems.append(
+            Problem("stream", "no entry trains a step", "at least one without trained_before")
+        )
+    sizes = spec.datasets
+    for index, entry in enumerate(spec.stream):
+        path = f"stream.{index}"
+        problems += _length(entry, path)
+        problems += _datasets(entry, path)
+        problems += _weights(entry, path)
+        problems += [
+            Problem(
+                f"{path}.train.{place}",
+                f"dataset {one.name!r} has {one.num_samples} samples here and "
+                f"{sizes[one.name]} elsewhere in the stream",
+                "one number, since one name is one dataset",
+            )
+            for place, one in enumerate(entry.datasets)
+            if one.num_samples != sizes[one.name]
+        ]
+    return problems
+
+
+def _numbers(spec: PlanSpec) -> Iterator[Problem]:
+    if not 0 <= spec.seed <= MAX_SEED:
+        yield Problem("seed", f"{spec.seed}", "0 to 2^64 - 1")
+    if spec.global_batch_size < 1:
+        yield Problem("batch.global_batch_size", f"{spec.global_batch_size}", "at least 1")
+    if spec.seq_length < 1:
+        yield Problem("model.seq_length", f"{spec.seq_length}", "at least 1")
+
+
+def _replay(replay: ReplaySpec) -> Iterator[Problem]:
+    alpha = replay.alpha
+    if not (alpha.is_finite() and 0 <= alpha < 1):
+        yield Problem("replay.alpha", f"{alpha}", "0 <= alpha < 1")
+    elif alpha.as_integer_ratio()[1] > MAX_DENOMINATOR:
+        yield Problem("replay.alpha", f"{alpha}", "at most 18 decimal places")
+    if replay.source != "stream":
+        yield Problem("replay.source", replay.source, "stream")
+    if replay.policy != "uniform":
+        yield Problem("replay.policy", replay.policy, "uniform")
+
+
+def _length(entry: EntrySpec, path: str) -> Iterator[Problem]:
+    lengths = {"steps": entry.steps, "fresh_tokens": entry.fresh_tokens}
+    given = [f"{key}: {value}" for key, value in lengths.items() if value is not None]
+    if len(given) != (0 if entry.trained_before else 1):
+        allowed = "exactly one of steps and fresh_tokens"
+        if entry.trained_before:
+            allowed = "neither steps nor fresh_tokens for an entry trained before"
+        yield Problem(path, ", ".join(given) or "no length", allowed)
+    for key, value in lengths.items():
+        if value is not None and not 1 <= value <= 2**62:
+            yield Problem(f"{path}.{key}", f"{value}", "1 to 2^62")
+    if not (math.isfinite(entry.max_epochs) and entry.max_epochs > 0):
+        yield Problem(f"{path}.max_epochs", f"{entry.max_epochs}", "a finite number above 0")
+
+
+def _datasets(entry: EntrySpec, path: str) -> Iterator[Problem]:
+    if not entry.datasets:
+        yield Problem(f"{path}.train", "no dataset", "at least one")
+    for name, times in Counter(one.name for one in entry.datasets).items():
+        if times > 1:
+            yield Problem(
+                f"{path}.train",
+                f"dataset {name!r} {times} times",
+                "each dataset once in an entry",
+                "give different data different names, or one dataset one weight",
+            )
+    for place, one in enumerate(entry.datasets):
+        if not 1 <= one.num_samples <= 2**62:
+            yield Problem(
+                f"{path}.train.{place}",
+                f"dataset {one.name!r} has {one.num_samples} samples",
+                "1 to 2^62",
+            )
+
+
+def _weights(entry: EntrySpec, path: str) -> Iterator[Problem]:
+    weights = [one.weight for one in entry.datasets]
+    given = [weight for weight in weights if weight is not None]
+    if given and len(given) < len(weights):
+        yield Problem(
+            f"{path}.train",
+            f"{len(given)} of {len(weights)} datasets with a weight",
+            "a weight for all datasets of an entry, or for none",
+        )
+    for place, weight in enumerate(weights):
+        if weight is not None and not (math.isfinite(weight) and weight > 0):
+            yield Problem(f"{path}.train.{place}.weight", f"{weight}", "a finite number above 0")
