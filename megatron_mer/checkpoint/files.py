@@ -1,0 +1,93 @@
+"""Files that survive a power cut: written whole, flushed, and only then given their name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mer.checkpoint.layout import DTYPE_NAMES, TEMPORARY, Fragment
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, chunks: Iterator[bytes | memoryview]) -> None:
+    """Write the chunks to a new file and flush it to the disk.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON and flush it to the disk; NaN and infinity, no JSON, are refused."""
+    write_bytes(path, iter([json.dumps(value, indent=1, allow_nan=False).encode()]))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put a new text in the place of a small file: a reader sees the old one or the new one."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    write_bytes(temporary, iter([text.encode()]))
+    os.rename(temporary, path)
+    sync_directory(path.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a checkpoint so that a kill on the way leaves no half of it under its name."""
+    if not path.name.endswith(TEMPORARY):
+        # Not NAME.tmp: that is the checkpoint being written, perhaps to replace this one.
+        doomed = path.with_name(f"{path.name}.removed{TEMPORARY}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        path = doomed
+    shutil.rmtree(path)
+
+
+def safetensors_chunks(fragments: Sequence[Fragment]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, one tensor at a time.
+
+    The format is 8 bytes of header length (little endian), a JSON header, then the tensors
+    without a gap. Writing it here and not with `safetensors.torch.save_file` keeps the host memory
+    at one fragment beyond the live state: that function first turns all tensors into bytes.
+    """
+    # Wide dtypes first: with a header padded to 8 bytes every tensor is then aligned.
+    ordered = sorted(fragments, key=lambda fragment: -fragment.tensor.element_size())
+    header, offset = {}, 0
+    for fragment in ordered:
+        end = offset + fragment.numel * fragment.tensor.element_size()
+        dtype = DTYPE_NAMES[fragment.tensor.dtype]
+        header[fragment.key] = {
+            "dtype": dtype,
+            "shape": [fragment.numel],
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for fragment in ordered:
+        yield _raw(fragment.tensor)
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a 1-D tensor; a copy only where it lies on another device or is strided."""
+    host = tensor.detach().to("cpu").contiguous()
+    return memoryview(host.view(torch.uint8).numpy().data)

@@ -1,0 +1,291 @@
+"""Find the newest whole checkpoint and fill fragments from it, whatever layout wrote it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_mer.checkpoint.layout import (
+    DTYPE_NAMES,
+    FORMAT_VERSION,
+    LATEST,
+    MANIFEST,
+    RUN_STATE,
+    Fragment,
+    parse_step,
+    rank_name,
+    step_directories,
+)
+from megatron_mer.errors import CheckpointError
+from megatron_mer.log import get_logger
+
+logger = get_logger(__name__)
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A whole checkpoint."""
+
+    step: int
+    """Applied optimizer updates."""
+    path: Path
+    """Its directory."""
+    run_state: dict[str, Any]
+    """What the run that wrote it gave as its state."""
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> CheckpointInfo:
+        """One checkpoint by its directory.
+
+        Raises:
+            CheckpointError: it is not whole, or its name is not step_NUMBER.
+        """
+        directory = Path(path)
+        problem = broken(directory)
+        if problem:
+            raise CheckpointError(f"the checkpoint is not whole: {problem}")
+        step = parse_step(directory.name)
+        if step is None:
+            raise CheckpointError(f"{directory} is no checkpoint: its name is not step_NUMBER")
+        return cls(step, directory, json.loads((directory / RUN_STATE).read_text()))
+
+
+def find_latest(directory: str | os.PathLike[str]) -> CheckpointInfo | None:
+    """The checkpoint to resume from: the one `latest` names, else the newest whole one.
+
+    Whole means: every file of the manifest has its size. A fallback is a warning that says what is
+    wrong.
+
+    Returns:
+        None where nothing was ever saved.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole; or another version of this
+            program wrote them.
+    """
+    root = Path(directory)
+    candidates = step_directories(root)
+    pointer = root / LATEST
+    if pointer.exists():
+        named = root / pointer.read_text(errors="replace").strip()
+        candidates = [named, *(path for path in candidates if path != named)]
+    problems: list[str] = []
+    for path in candidates:
+        problem = broken(path)
+        if problem is None:
+            for line in problems:
+                logger.warning("not a whole checkpoint, resuming from %s: %s", path.name, line)
+            return CheckpointInfo.read(path)
+        problems.append(problem)
+    if problems:
+        listed = "\n  ".join(problems)
+        raise CheckpointError(
+            f"no checkpoint in {root} is whole:\n  {listed}\nRestore one of them, or begin anew."
+        )
+    return None
+
+
+def broken(path: Path) -> str | None:
+    """Why a checkpoint is not whole: the file, what was expected, what is there; None if whole.
+
+    Costs one `stat` a file.
+
+    Raises:
+        CheckpointError: another format version.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        json.loads((path / RUN_STATE).read_text())
+        version, files = manifest["format"], dict(manifest["files"])
+    except FileNotFoundError as error:
+        return f"{error.filename}: expected a file, found none"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path}: expected JSON of a checkpoint, found {error!r}"
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {version}, this program reads {FORMAT_VERSION}; "
+            "use the version that wrote it"
+        )
+    for name, size in files.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError:
+            return f"{path / name}: expected {size} bytes, found no file"
+        if found != size:
+            return f"{path / name}: expected {size} bytes, found {found}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An index entry: where a piece lies, and what it is a piece of."""
+
+    rank: int
+    global_shape: tuple[int, ...]
+    tp_dim: int | None
+    tp_rank: int
+    tp_size: int
+    start: int
+    stop: int
+    dtype: str
+
+
+class CheckpointReader:
+    """Fills fragments from a checkpoint.
+
+    A fragment's range is put together from every stored piece that overlaps it, so the pipeline and
+    data-parallel layout may differ from the one that wrote. Indices and tensors are read when they
+    are needed: with an unchanged layout a rank opens its own two files only.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], rank: int = 0) -> None:
+        """Open a whole checkpoint.
+
+        Args:
+            path: The directory of one checkpoint, as `CheckpointInfo.path`.
+            rank: Whose files to look at first; any rank gives the same result.
+
+        Raises:
+            CheckpointError: the checkpoint is not whole.
+        """
+        self._path = Path(path)
+        problem = broken(self._path)
+        if problem:
+            raise CheckpointError(f"the checkpoint is not whole: {problem}")
+        manifest = json.loads((self._path / MANIFEST).read_text())
+        self.world_size: int = manifest["world_size"]
+        """Number of ranks that wrote the checkpoint."""
+        others = (other for other in range(self.world_size) if other != rank)
+        self._order = [*range(rank, min(rank + 1, self.world_size)), *others]
+        self._indices: dict[int, dict[str, _Stored]] = {}
+        self._files: dict[int, Any] = {}
+
+    def contains(self, kind: str, name: str) -> bool:
+        """Whether any piece of a parameter's quantity was saved."""
+        return any(True for _ in self._pieces(f"{kind}/{name}"))
+
+    def fill(self, fragment: Fragment) -> None:
+        """Copy the stored elements into `fragment.tensor`.
+
+        Raises:
+            CheckpointError: another tp_size, global shape, tp_dim or dtype was saved (both are
+                printed); elements are missing (parameter, kind and range are printed); a file
+                cannot be read.
+        """
+        if fragment.numel == 0:
+            return
+        gaps = [(fragment.start, fragment.stop)]
+        for piece in self._pieces(fragment.key):
+            _check_same(self._path, fragment, piece)
+            if fragment.tp_dim is None or piece.tp_rank == fragment.tp_rank:
+                gaps = self._copy(fragment, piece, gaps)
+            if not gaps:
+                break
+        else:
+            ranges = ", ".join(f"[{start}, {stop})" for start, stop in gaps)
+            slices = "" if fragment.tp_dim is None else f" of tensor slice {fragment.tp_rank}"
+            raise CheckpointError(
+                f"{self._path} has no {fragment.kind} of {fragment.name}, elements {ranges}{slices}"
+            )
+
+    def fill_all(self, fragments: Iterable[Fragment]) -> None:
+        """Fill many fragments; what is wrong with any of them is told at once.
+
+        Raises:
+            CheckpointError: as `fill`, one line a fragment.
+        """
+        problems = []
+        for fragment in fragments:
+            try:
+                self.fill(fragment)
+            except CheckpointError as error:
+                problems.append(str(error))
+        if problems:
+            raise CheckpointError("\n".join(problems))
+
+    def _pieces(self, key: str) -> Iterator[_Stored]:
+        """Every stored piece with this key, the preferred rank's first."""
+        for rank in self._order:
+            piece = self._index(rank).get(key)
+            if piece is not None:
+                yield piece
+
+    def _index(self, rank: int) -> dict[str, _Stored]:
+        if rank not in self._indices:
+            path = self._path / f"{rank_name(rank)}.json"
+            try:
+                entries = json.loads(path.read_text())["fragments"]
+                self._indices[rank] = {
+                    f"{e['kind']}/{e['name']}": _stored(rank, e) for e in entries
+                }
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{path} is no index of a checkpoint: {error!r}") from error
+        return self._indices[rank]
+
+    def _copy(self, fragment: Fragment, piece: _Stored, gaps: list[Range]) -> list[Range]:
+        """Copy what a piece has of the gaps; returns the gaps that remain."""
+        remaining: list[Range] = []
+        for start, stop in gaps:
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            if low >= high:
+                remaining.append((start, stop))
+                continue
+            values = self._read(fragment.key, piece, low, high)
+            with torch.no_grad():
+                fragment.tensor[low - fragment.start : high - fragment.start].copy_(values)
+            remaining += [gap for gap in ((start, low), (high, stop)) if gap[0] < gap[1]]
+        return remaining
+
+    def _read(self, key: str, piece: _Stored, low: int, high: int) -> torch.Tensor:
+        path = self._path / f"{rank_name(piece.rank)}.safetensors"
+        try:
+            if piece.rank not in self._files:
+                self._files[piece.rank] = safe_open(path, framework="pt")
+            stored = self._files[piece.rank].get_slice(key)
+            values: torch.Tensor = stored[low - piece.start : high - piece.start]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read at {key}: {error}") from error
+        if values.numel() != high - low:
+            raise CheckpointError(
+                f"{path}: {key} should hold {piece.stop - piece.start} elements by its index, "
+                f"found {stored.get_shape()}"
+            )
+        return values
+
+
+def _stored(rank: int, entry: dict[str, Any]) -> _Stored:
+    return _Stored(
+        rank=rank,
+        global_shape=tuple(entry["global_shape"]),
+        tp_dim=entry["tp_dim"],
+        tp_rank=entry["tp_rank"],
+        tp_size=entry["tp_size"],
+        start=entry["start"],
+        stop=entry["start"] + entry["numel"],
+        dtype=entry["dtype"],
+    )
+
+
+def _check_same(path: Path, fragment: Fragment, piece: _Stored) -> None:
+    """A copy is only right between equal cuts of equal parameters."""
+    pairs = {
+        "global shape": (piece.global_shape, fragment.global_shape),
+        "tp_size": (piece.tp_size, fragment.tp_size),
+        "tp_dim": (piece.tp_dim, fragment.tp_dim),
+        "dtype": (piece.dtype, DTYPE_NAMES[fragment.tensor.dtype]),
+    }
+    for what, (saved, wanted) in pairs.items():
+        if saved != wanted:
+            raise CheckpointError(
+                f"{path}: {fragment.kind} of {fragment.name} was saved with {what} {saved}, "
+                f"this run has {wanted}; give it the saved one"
+            )

@@ -1,0 +1,45 @@
+"""Ranks as threads: the collectives of a save without processes."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+TIMEOUT = 20.0
+
+
+class Ranks:
+    """Runs a function on every rank, each in a thread, with an all_ok that meets at a barrier."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._barrier = threading.Barrier(size)
+        self._votes = [True] * size
+
+    def all_ok(self, rank: int, ok: bool) -> bool:
+        self._votes[rank] = ok
+        self._barrier.wait(TIMEOUT)
+        result = all(self._votes)
+        self._barrier.wait(TIMEOUT)
+        return result
+
+    def run(self, function: Callable[[int, Callable[[bool], bool]], object]) -> list[object]:
+        """The results by rank; an exception stands where a rank raised one."""
+
+        def one(rank: int) -> object:
+            try:
+                return function(rank, lambda ok: self.all_ok(rank, ok))
+            except BaseException as error:  # noqa: BLE001
+                # Like a killed rank: the others' collective fails instead of waiting for ever.
+                if not isinstance(error, Exception):
+                    self._barrier.abort()
+                return error
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(one, range(self.size)))
+
+
+@pytest.fixture
+def ranks() -> type[Ranks]:
+    return Ranks
