@@ -1,0 +1,1 @@
+"""The model under DeepSpeed; the only package that imports it."""

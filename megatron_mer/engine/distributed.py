@@ -1,0 +1,81 @@
+"""Starting DeepSpeed's communication and the process groups of one layout."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from megatron_mer.errors import LaunchError
+from megatron_mer.parallel import Layout, TensorParallelGroup
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+def start_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+    DeepSpeed's shared-memory CPU collective is switched off: it compiles itself on first use and
+    waits for ever on the lock of a build that was killed.
+
+    Raises:
+        LaunchError: the other ranks did not come, or the address cannot be bound.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name(),
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timeout,
+        )
+    except (dist.DistError, RuntimeError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LaunchError(
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the "
+            f"run at MASTER_ADDR:MASTER_PORT = {address}: {error}. Every rank must reach that "
+            "address, and no other run may use the port"
+        ) from error
+
+
+def device() -> torch.device:
+    """This rank's device: its GPU, or the CPU."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def tensor_parallel_group(layout: Layout, rank: int) -> TensorParallelGroup:
+    """Make the tensor-parallel groups of all ranks (collective) and return this rank's."""
+    mine = TensorParallelGroup(group=None, rank=0, size=1)
+    for ranks in layout.tensor_groups():
+        group = dist.new_group(ranks) if layout.tp_size > 1 else None
+        if rank in ranks:
+            mine = TensorParallelGroup(group=group, rank=ranks.index(rank), size=len(ranks))
+    return mine
+
+
+def all_true(value: bool) -> bool:
+    """Whether every rank says True. Collective."""
+    flag = torch.tensor([0 if value else 1], dtype=torch.int64, device=device())
+    dist.all_reduce(flag)
+    return int(flag.item()) == 0
+
+
+@contextlib.contextmanager
+def silence_engine_prints() -> Iterator[None]:
+    """Drop what DeepSpeed prints on standard output while it builds.
+
+    It prints its seeds and a table of stages whatever the logging level is; the run logs its own.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,232 @@
+"""One Llama under DeepSpeed: a step, an evaluation, and its weights for checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mer.checkpoint import CheckpointReader, Fragment
+from megatron_mer.config import RunConfig
+from megatron_mer.data.batches import MicroBatch, RankBatch
+from megatron_mer.engine.deepspeed_config import deepspeed_config, num_micro_batches
+from megatron_mer.engine.distributed import device, silence_engine_prints, tensor_parallel_group
+from megatron_mer.engine.loss import GlobalTokenLoss, Labels
+from megatron_mer.engine.masters import Piece, ShardedMasters
+from megatron_mer.engine.pipeline import StagedLlama
+from megatron_mer.errors import TrainingError
+from megatron_mer.model import init_parameter
+from megatron_mer.optim import parameter_groups
+from megatron_mer.parallel import Layout
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one global batch gave, equal on all ranks."""
+
+    loss: float
+    """Nats a token over the unmasked tokens of the global batch."""
+    loss_fresh: float | None
+    """The same over the fresh rows; None when there were none."""
+    loss_replay: float | None
+    """The same over the replay rows; None when there were none."""
+    grad_norm: float
+    """L2 norm of the gradient before clipping; inf when it is not finite."""
+    applied: bool
+    """False when loss or gradient were not finite: no weight moved on any rank."""
+
+
+class TrainingEngine:
+    """Builds the model for one rank of a layout and trains it.
+
+    Args:
+        config: the resolved run (model.vocab_size included).
+        layout: the rank grid.
+        rank: this rank.
+
+    Attributes:
+        masters: the fp32 master weights, started from the fp32 initial weights.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout, rank: int) -> None:
+        self.config = config
+        self.layout = layout
+        self.coordinate = layout.coordinate(rank)
+        self._device = device()
+        self._group = tensor_parallel_group(layout, rank)
+        micro_batches = num_micro_batches(config, layout.dp_size)
+        self._loss = GlobalTokenLoss(self._group, micro_batches, layout.dp_size, self._device)
+        self._module = StagedLlama(config, layout, self._group, self._loss)
+        self._names = self._module.canonical_names()
+        optimizer = _adamw(config, self._names)
+        settings = deepspeed_config(
+            config, layout.dp_size, sum(parameter.numel() for parameter in self._names)
+        )
+        with silence_engine_prints():
+            self._engine, wrapped, _, _ = deepspeed.initialize(
+                model=self._module, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        self._wrapped: Any = wrapped
+        self.masters = ShardedMasters(
+            wrapped, self._names, self._group.rank, self._module.tied_groups(), self._device
+        )
+        self._start_from_fp32()
+
+    def _start_from_fp32(self) -> None:
+        """Give the masters the fp32 initial weights.
+
+        DeepSpeed cast the model before it copied the masters, so in bf16 they would start from
+        rounded values. The weights are functions of a key, so they are made again, not kept.
+        """
+        if self.config.precision == "bf16":
+            self.masters.fill(self._initial_value)
+
+    def _initial_value(self, piece: Piece) -> Tensor:
+        return init_parameter(
+            piece.parameter, piece.name, self.config.model, self.config.seed, self._group
+        )
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this rank's stage takes inputs or labels (the first and the last do)."""
+        return self.coordinate.pipe in (0, self.layout.pp_size - 1)
+
+    def train_step(self, batch: RankBatch | None, lr: float) -> StepOutcome:
+        """Forward, backward and one update on a global batch. Collective.
+
+        Args:
+            batch: this data-parallel rank's micro batches; None on a stage that reads no data.
+            lr: learning rate of this update.
+        """
+        for group in self._wrapped.param_groups:
+            group["lr"] = lr
+        self._loss.reset()
+        self._engine.train_batch(
+            None if batch is None else self._labelled(batch.micro_batches, batch.num_unmasked)
+        )
+        return self._outcome()
+
+    def _outcome(self) -> StepOutcome:
+        overflow = bool(self._wrapped.overflow)
+        sums = self._reduced_sums(extra=float(overflow))
+        skipped = sums[-1] > 0
+        if skipped != overflow:
+            raise TrainingError(
+                "ranks disagree on whether the gradient was finite: some updated their weights and "
+                "some did not; the run cannot go on from here, resume it from its last checkpoint"
+            )
+        fresh, fresh_tokens, replay, replay_tokens = sums[:4]
+        return StepOutcome(
+            loss=_ratio(fresh + replay, fresh_tokens + replay_tokens) or math.nan,
+            loss_fresh=_ratio(fresh, fresh_tokens),
+            loss_replay=_ratio(replay, replay_tokens),
+            grad_norm=math.inf if overflow else float(self._wrapped._global_grad_norm),
+            applied=not skipped,
+        )
+
+    def _reduced_sums(self, extra: float = 0.0) -> list[float]:
+        """[fresh loss, fresh tokens, replay loss, replay tokens, extra], summed over all ranks.
+
+        The last stage's tensor ranks hold the same sums; one of them counts.
+        """
+        counts = self.coordinate.pipe == self.layout.pp_size - 1 and self._group.rank == 0
+        mine = self._loss.sums if counts else torch.zeros_like(self._loss.sums)
+        values = torch.cat([mine.flatten(), mine.new_tensor([extra])])
+        dist.all_reduce(values)
+        return [float(value) for value in values.tolist()]
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Loss over a held-out set with the present weights. Collective; changes nothing.
+
+        Args:
+            micro_batches: this data-parallel rank's part, of the training shapes; equally many on
+                every rank.
+
+        Returns:
+            Nats a token over the unmasked tokens of all ranks' micro batches.
+        """
+        self._loss.reset()
+        self._engine.eval_batch(
+            self._labelled(micro_batches, num_unmasked=1),
+            num_micro_batches=len(micro_batches),
+            bcast_loss=False,
+        )
+        fresh, fresh_tokens, replay, replay_tokens, _ = self._reduced_sums()
+        return (fresh + replay) / (fresh_tokens + replay_tokens)
+
+    def _labelled(
+        self, micro_batches: Sequence[MicroBatch], num_unmasked: int
+    ) -> Iterator[tuple[Tensor, Labels]]:
+        """Micro batches as DeepSpeed takes them: (inputs, labels with the denominator)."""
+        unmasked = torch.tensor([float(num_unmasked)], device=self._device)
+        for micro in micro_batches:
+            inputs, targets, mask, is_replay = (
+                torch.from_numpy(array).to(self._device)
+                for array in (micro.inputs, micro.targets, micro.mask, micro.is_replay)
+            )
+            yield inputs, (targets, mask, is_replay, unmasked)
+
+    def fragments(self, extra: Mapping[str, Sequence[Tensor]]) -> Iterator[Fragment]:
+        """Everything of the model that this rank owns, for a checkpoint.
+
+        Args:
+            extra: further state by kind, one tensor a master shard (Reptile's).
+        """
+        for index, piece in enumerate(self.masters.pieces):
+            yield self._fragment(piece, "master", self.masters.shards[index].tensor)
+            for kind, flat in self.masters.moments().items():
+                yield self._fragment(piece, kind, self.masters.view(flat, piece))
+            for kind, tensors in extra.items():
+                yield self._fragment(piece, kind, tensors[index])
+
+    @torch.no_grad()
+    def load(
+        self, reader: CheckpointReader, updates: int, extra: Mapping[str, Sequence[Tensor]]
+    ) -> None:
+        """Take weights, moments and further state from a checkpoint. Collective.
+
+        Args:
+            reader: the open checkpoint.
+            updates: applied updates it has behind it; without any there are no moments.
+            extra: further state to fill in place, as for ``fragments``.
+        """
+        if updates > 0:
+            self.masters.create_moments(updates)
+        reader.fill_all(self.fragments(extra))
+        self.masters.publish()
+
+    def _fragment(self, piece: Piece, kind: str, tensor: Tensor) -> Fragment:
+        shape = list(piece.parameter.shape)
+        if piece.tp_dim is not None:
+            shape[piece.tp_dim] *= self._group.size
+        return Fragment(
+            name=piece.name,
+            kind=kind,
+            global_shape=tuple(shape),
+            tp_dim=piece.tp_dim,
+            tp_rank=self._group.rank,
+            tp_size=self._group.size,
+            start=piece.start,
+            tensor=tensor,
+        )
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def _adamw(config: RunConfig, names: Mapping[torch.nn.Parameter, str]) -> torch.optim.AdamW:
+    named = [(name, parameter) for parameter, name in names.items()]
+    return torch.optim.AdamW(
+        parameter_groups(named, config.optimizer.weight_decay),
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        fused=True,
+    )

@@ -1,0 +1,42 @@
+"""Held-out losses in the loop: the same rows for every layout, without effect on training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_mer.data.evaluation_set import EvaluationSet
+from megatron_mer.engine.training_engine import TrainingEngine
+
+
+class Evaluator:
+    """Evaluates every held-out set with the weights as they stand.
+
+    Args:
+        valid: held-out sets by name.
+        engine: the model.
+        micro_batch_size: rows of a micro batch, as in training.
+    """
+
+    def __init__(
+        self, valid: Mapping[str, EvaluationSet], engine: TrainingEngine, micro_batch_size: int
+    ) -> None:
+        self._valid = valid
+        self._engine = engine
+        self._micro_batch_size = micro_batch_size
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss of every set in nats a token, by name, equal on all ranks. Collective."""
+        return {name: self._loss(held_out) for name, held_out in self._valid.items()}
+
+    def _loss(self, held_out: EvaluationSet) -> float:
+        batches = held_out.batches(
+            self._engine.coordinate.data, self._engine.layout.dp_size, self._micro_batch_size
+        )
+        return self._engine.evaluate([micro for batch in batches for micro in batch.micro_batches])
+
+    def entropies(self) -> dict[str, float]:
+        """Unigram entropy of every set's own tokens, in nats.
+
+        The loss of a model that knows only how often each token occurs in this very text.
+        """
+        return {name: held_out.unigram_entropy() for name, held_out in self._valid.items()}

@@ -1,0 +1,286 @@
+"""The trainer: one batch after another, and what is due after each."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mer.analysis.tables import matrix_table
+from megatron_mer.checkpoint import save_checkpoint
+from megatron_mer.continual.reptile import Reptile, ReptileUpdate
+from megatron_mer.continual.stream import Entry
+from megatron_mer.data.loader import TrainLoader
+from megatron_mer.engine.distributed import all_true
+from megatron_mer.engine.training_engine import StepOutcome, TrainingEngine
+from megatron_mer.errors import TrainingError
+from megatron_mer.log import get_logger
+from megatron_mer.model import Dimensions
+from megatron_mer.optim import lr_at
+from megatron_mer.training.console import Progress
+from megatron_mer.training.evaluation import Evaluator
+from megatron_mer.training.outputs import RunDirectory
+from megatron_mer.training.preflight import Prepared
+from megatron_mer.training.run_state import RunState
+from megatron_mer.training.summary import write_results
+
+# After so many batches in a row without a finite gradient the weights are beyond mending.
+MAX_SKIPPED_IN_A_ROW = 20
+
+# Seconds between two lines about steps in the log.
+LOG_SECONDS = 10.0
+
+logger = get_logger(__name__)
+
+
+class Trainer:
+    """Trains a prepared run from where its state stands to the end of its stream.
+
+    The order after each batch is: optimizer update, Reptile, metrics, evaluation, checkpoint. A
+    checkpoint between the update and Reptile would lose the Reptile update on resume.
+
+    Args:
+        prepared: the checked run.
+        engine: the model under DeepSpeed, at ``state``.
+        reptile: its Reptile, None without.
+        state: where the run stands; moved on in place.
+        outputs: the run's directory.
+        rank: this rank.
+        world_size: number of ranks.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        engine: TrainingEngine,
+        reptile: Reptile | None,
+        state: RunState,
+        outputs: RunDirectory,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.config = prepared.config
+        self.plan = prepared.plan
+        self.engine = engine
+        self.reptile = reptile
+        self.state = state
+        self.outputs = outputs
+        self.rank = rank
+        self.world_size = world_size
+        self.evaluator = Evaluator(prepared.valid, engine, prepared.config.batch.micro_batch_size)
+        self._datasets = prepared.datasets
+        self._saved_at = -1
+        self._logged_at = 0.0
+
+    def run(self) -> None:
+        """Train to the end and write the results. Collective."""
+        if self.state.batches == 0:
+            self._evaluate("start", None)
+        loader = self._loader() if self.engine.reads_data else None
+        progress = Progress(self.plan.total_batches, enabled=self.rank == 0)
+        progress.start(self.state.batches)
+        try:
+            for batch in range(self.state.batches, self.plan.total_batches):
+                self._step(batch, loader, progress)
+        finally:
+            progress.stop()
+            if loader is not None:
+                loader.close()
+        self._finish()
+
+    def _loader(self) -> TrainLoader:
+        config = self.config
+        return TrainLoader(
+            plan=self.plan,
+            datasets=self._datasets,
+            seq_length=config.model.seq_length,
+            vocab_size=Dimensions.of(config.model).vocab_size,
+            dp_rank=self.engine.coordinate.data,
+            dp_size=self.engine.layout.dp_size,
+            micro_batch_size=config.batch.micro_batch_size,
+            eod_mask_loss=config.batch.eod_mask_loss,
+            first_batch=self.state.batches,
+        )
+
+    def _step(self, batch: int, loader: TrainLoader | None, progress: Progress) -> None:
+        begin = time.perf_counter()
+        lr = lr_at(
+            self.config.schedule, self.config.optimizer.lr, self.state.horizon, self.state.updates
+        )
+        outcome = self.engine.train_step(next(loader) if loader else None, lr)
+        update = self._count(batch, outcome, loader)
+        seconds = time.perf_counter() - begin
+        self.state.seconds += seconds
+        entry = self.plan.entry_of(batch)
+        if self.rank == 0:
+            line = self._metrics(batch, entry, lr, outcome, update, seconds)
+            self.outputs.append_metrics(line)
+            self._show(entry, line, progress)
+        self._after(batch, entry, outcome)
+
+    def _count(
+        self, batch: int, outcome: StepOutcome, loader: TrainLoader | None
+    ) -> ReptileUpdate | None:
+        """Move the counters; mark a batch without an update; let Reptile count an update."""
+        self.state.batches = batch + 1
+        if outcome.applied:
+            self.state.updates += 1
+            self.state.skipped_in_a_row = 0
+            return self.reptile.after_update() if self.reptile else None
+        if loader is not None:
+            loader.skip(batch)
+        else:
+            self.plan.mark_skipped(batch)
+        self.state.skipped_in_a_row += 1
+        logger.warning(
+            "batch %d: loss or gradient is not finite (loss %s); no update, its fresh rows are "
+            "marked skipped",
+            batch,
+            outcome.loss,
+        )
+        if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"{MAX_SKIPPED_IN_A_ROW} batches in a row gave no finite loss and gradient, the "
+                f"last is batch {batch}; start again from the last checkpoint with a lower "
+                "optimizer.lr or optimizer.clip"
+            )
+        return None
+
+    def _metrics(
+        self,
+        batch: int,
+        entry: Entry,
+        lr: float,
+        outcome: StepOutcome,
+        update: ReptileUpdate | None,
+        seconds: float,
+    ) -> dict[str, Any]:
+        rows = self.config.batch.global_batch_size
+        tokens = rows * self.config.model.seq_length
+        line = {
+            "step": self.state.updates if outcome.applied else None,
+            "batch": batch,
+            "task": entry.task,
+            "lr": lr,
+            "loss": _finite(outcome.loss),
+            "loss_fresh": _finite(outcome.loss_fresh),
+            "loss_replay": _finite(outcome.loss_replay),
+            "grad_norm": _finite(outcome.grad_norm),
+            "replay_rows": self.plan.replay_rows(batch),
+            "consumed_samples": self.state.batches * rows,
+            "consumed_fresh_samples": self.plan.fresh_rows_before(self.state.batches),
+            "step_seconds": round(seconds, 6),
+            "tokens_per_second": round(tokens / seconds, 1),
+        }
+        if self.reptile:
+            line["updates_since_reptile"] = self.reptile.updates_since
+        if update:
+            line["reptile_delta_norm"] = update.delta_norm
+            line["reptile_delta_cosine"] = update.delta_cosine
+        return line
+
+    def _show(self, entry: Entry, line: dict[str, Any], progress: Progress) -> None:
+        loss = math.nan if line["loss"] is None else line["loss"]
+        progress.update(self.state.batches, entry.task, loss, line["tokens_per_second"])
+        ends = self.state.batches == entry.last_batch
+        if not ends and time.monotonic() - self._logged_at < LOG_SECONDS:
+            return
+        self._logged_at = time.monotonic()
+        logger.info(
+            "task %s  step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.0f tokens/s",
+            entry.task,
+            self.state.updates,
+            self.plan.total_batches,
+            loss,
+            math.nan if line["grad_norm"] is None else line["grad_norm"],
+            line["lr"],
+            line["tokens_per_second"],
+        )
+
+    def _after(self, batch: int, entry: Entry, outcome: StepOutcome) -> None:
+        """Evaluate and save where it is due."""
+        ends = batch + 1 == entry.last_batch
+        every = self.config.evaluate.every_steps if self.config.evaluate else None
+        if ends:
+            self._evaluate("entry_end", entry)
+        elif outcome.applied and every and self.state.updates % every == 0:
+            self._evaluate("interval", entry)
+        every = self.config.checkpoint.every_steps
+        if ends or (outcome.applied and every and self.state.updates % every == 0):
+            self.save()
+
+    def _evaluate(self, moment: str, entry: Entry | None) -> None:
+        """Evaluate every held-out set and write the line.
+
+        Args:
+            moment: ``start``, ``entry_end`` (a row of the forgetting matrix) or ``interval``.
+            entry: the entry in training, None before the first step.
+        """
+        begin = time.perf_counter()
+        losses = self.evaluator.evaluate()
+        self.state.seconds += time.perf_counter() - begin
+        if self.rank != 0 or not losses:
+            return
+        self.outputs.append_evaluation(
+            {
+                "step": self.state.updates,
+                "batches": self.state.batches,
+                "moment": moment,
+                "entry": entry.index if entry else None,
+                "task": entry.task if entry else None,
+                "updates_since_reptile": self.reptile.updates_since if self.reptile else None,
+                "losses": losses,
+            }
+        )
+        shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        where = "before the first step" if entry is None else f"step {self.state.updates}"
+        logger.info("held-out loss, %s: %s", where, shown)
+
+    def save(self) -> None:
+        """Write a checkpoint of everything. Collective."""
+        if self._saved_at == self.state.batches:
+            return
+        layout = self.engine.layout
+        save_checkpoint(
+            self.outputs.checkpoints,
+            step=self.state.updates,
+            fragments=self.engine.fragments(self.reptile.tensors() if self.reptile else {}),
+            run_state=self.state.to_json(
+                history=self.plan.history(),
+                layout={
+                    "tp_size": layout.tp_size,
+                    "pp_size": layout.pp_size,
+                    "dp_size": layout.dp_size,
+                },
+                reptile=self.reptile.counters() if self.reptile else None,
+            ),
+            rank=self.rank,
+            world_size=self.world_size,
+            barrier=dist.barrier,
+            all_ok=all_true,
+            keep_last=self.config.checkpoint.keep_last,
+        )
+        self._saved_at = self.state.batches
+        if self.rank == 0:
+            self.outputs.write_json("plan.json", self.plan.history())
+            self.outputs.write_status("running", self.state.updates)
+
+    def _finish(self) -> None:
+        """Write summary, ledger and picture; say that the run is done."""
+        self.save()
+        if self.rank == 0:
+            summary = write_results(
+                self.outputs, self.config, self.plan, self.state, self.evaluator.entropies()
+            )
+            for line in matrix_table(summary).splitlines() if summary else []:
+                logger.info("%s", line)
+        dist.barrier()
+        if self.rank == 0:
+            self.outputs.write_status("done", self.state.updates)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN or infinity."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,200 @@
+"""What a run leaves in its output directory; other programs read it, so the shapes are stable."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_mer.errors import TrainingError
+from megatron_mer.log import get_logger
+
+Status = Literal["running", "done", "stopped", "failed", "requeue"]
+
+_RECORDED_PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "safetensors", "megatron_mer")
+
+
+class RunDirectory:
+    """Paths and writers of one ``output_dir``.
+
+    Only rank 0 writes, except for a failure's status.
+
+    Args:
+        root: the directory; made when missing.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.checkpoints = self.root / "checkpoints"
+        self.report = self.root / "report"
+        self.log_file = self.root / "train.log"
+        self._metrics = self.root / "metrics.jsonl"
+        self._evaluations = self.root / "evaluations.jsonl"
+
+    def make(self) -> None:
+        """Make the directory.
+
+        Raises:
+            TrainingError: it cannot be made or written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise TrainingError(
+                f"output_dir: given {self.root}, which cannot be written ({error.strerror}); "
+                "choose another with --output_dir PATH"
+            ) from error
+
+    def set_aside(self) -> Path | None:
+        """Rename an earlier run's directory, so that a fresh one begins and nothing is lost.
+
+        Returns:
+            Where it lies now; None when there was none.
+        """
+        if not self.root.exists():
+            return None
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        aside = self.root.with_name(f"{self.root.name}.before_{stamp}")
+        serial = 1
+        while aside.exists():
+            serial += 1
+            aside = self.root.with_name(f"{self.root.name}.before_{stamp}_{serial}")
+        self.root.rename(aside)
+        return aside
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file whole: readers see the old one or the new one."""
+        target = self.root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Replace a JSON file whole."""
+        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def write_status(self, status: Status, step: int, reason: str = "") -> None:
+        """Say where the run stands; scripts read this, not exit codes."""
+        self.write_json("status.json", {"status": status, "step": step, "reason": reason})
+
+    def read_status(self) -> dict[str, Any]:
+        """The last status, an empty dict when there is none (or a torn one)."""
+        try:
+            content = json.loads((self.root / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def write_environment(self) -> None:
+        """Record code version, packages, machine and command line of this start."""
+        self.write_json("environment.json", describe_environment())
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Append one step's line."""
+        _append(self._metrics, line)
+
+    def append_evaluation(self, line: Mapping[str, Any]) -> None:
+        """Append one evaluation's line."""
+        _append(self._evaluations, line)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All evaluations so far, oldest first."""
+        return read_lines(self._evaluations)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All steps' lines so far, oldest first."""
+        return read_lines(self._metrics)
+
+    def cut_to(self, batches: int) -> None:
+        """Move lines of batches that a resumed run does again into ``*.lost.jsonl``.
+
+        Args:
+            batches: number of batches the checkpoint has behind it; metrics of a later batch and
+                evaluations after a later batch are cut, as is a last line torn by a kill.
+        """
+        _cut(self._metrics, lambda line: int(line["batch"]) < batches)
+        _cut(self._evaluations, lambda line: int(line["batches"]) <= batches)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; a torn last line is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(line), ensure_ascii=False) + "\n")
+
+
+def _cut(path: Path, keep: Any) -> None:
+    if not path.exists():
+        return
+    kept: list[str] = []
+    lost: list[str] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            (kept if keep(json.loads(text)) else lost).append(text)
+        except (ValueError, KeyError, TypeError):
+            lost.append(text)
+    if not lost:
+        return
+    with path.with_name(f"{path.stem}.lost.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(text + "\n" for text in lost)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
+    temporary.replace(path)
+    get_logger(__name__).info("%s: moved %d lines past the checkpoint aside", path.name, len(lost))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Code version, package versions, machine and command line; no environment variables."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _RECORDED_PACKAGES},
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the code, with ``+changes`` when the tree differs from it."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode != 0:
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

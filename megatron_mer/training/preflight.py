@@ -1,0 +1,155 @@
+"""Everything that can be wrong before training, found before torch is imported or a GPU touched."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from megatron_mer.config import RunConfig, check_layout, resolve_vocab
+from megatron_mer.continual.stream import Plan, build_plan
+from megatron_mer.data.evaluation_set import EvaluationSet
+from megatron_mer.data.indexed_dataset import IndexedDataset
+from megatron_mer.data.packing import num_samples
+from megatron_mer.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_mer.errors import ConfigError, DataError, Problem
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: all that the loop needs besides weights."""
+
+    config: RunConfig
+    """The resolved configuration, ``model.vocab_size`` included."""
+    tokenizer: Tokenizer
+    datasets: Mapping[str, IndexedDataset]
+    """Training datasets by name."""
+    valid: Mapping[str, EvaluationSet]
+    """Held-out sets by name."""
+    plan: Plan
+
+
+def prepare(config: RunConfig, world_size: int) -> Prepared:
+    """Open what a run reads and decide its plan. Reads no token and imports no torch.
+
+    Args:
+        config: as ``load_config`` gave it.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: with every problem that was found in layout, tokenizer, datasets and plan.
+    """
+    problems: list[Problem] = []
+    tokenizer = _collect(problems, "tokenizer", lambda: load_tokenizer(config.tokenizer))
+    if tokenizer is not None:
+        resolved = _collect(
+            problems, "model.vocab_size", lambda: resolve_vocab(config, tokenizer.vocab_size)
+        )
+        config = resolved or config
+    problems += check_layout(config, world_size)
+    training = dict(_open_training(config, tokenizer, problems))
+    valid = dict(_open_valid(config, tokenizer, problems))
+    plan = None
+    if not problems:
+        plan = _collect(problems, "stream", lambda: _plan(config, training))
+    if problems or tokenizer is None or plan is None:
+        raise ConfigError(problems)
+    return Prepared(config, tokenizer, training, valid, plan)
+
+
+def _plan(config: RunConfig, training: Mapping[str, IndexedDataset]) -> Plan:
+    seq_length = config.model.seq_length
+    return build_plan(
+        stream=config.stream,
+        replay=config.replay,
+        seed=config.seed,
+        global_batch_size=config.batch.global_batch_size,
+        seq_length=seq_length,
+        dataset_sizes={
+            name: num_samples(dataset.num_tokens, seq_length, str(dataset.prefix))
+            for name, dataset in training.items()
+        },
+    )
+
+
+def _open_training(
+    config: RunConfig, tokenizer: Tokenizer | None, problems: list[Problem]
+) -> Iterator[tuple[str, IndexedDataset]]:
+    seen = set()
+    for index, task in enumerate(config.stream):
+        for place, dataset in enumerate(task.train):
+            name = dataset.name
+            if name in seen:
+                continue
+            seen.add(name)
+            path = f"stream.{index}.train.{place}.prefix"
+            opened = _open(dataset.prefix, path, config, tokenizer, problems)
+            if opened is not None:
+                yield name, opened
+
+
+def _open_valid(
+    config: RunConfig, tokenizer: Tokenizer | None, problems: list[Problem]
+) -> Iterator[tuple[str, EvaluationSet]]:
+    for index, task in enumerate(config.stream):
+        for name, prefix in task.valid_sets.items():
+            path = f"stream.{index}.valid"
+            opened = _open(prefix, path, config, tokenizer, problems)
+            if opened is None or tokenizer is None:
+                continue
+            vocab_size = config.model.vocab_size or tokenizer.vocab_size
+            made = _collect(
+                problems, path, functools.partial(_evaluation_set, config, opened, vocab_size)
+            )
+            if made is not None:
+                yield name, made
+
+
+def _evaluation_set(config: RunConfig, dataset: IndexedDataset, vocab_size: int) -> EvaluationSet:
+    return EvaluationSet(
+        dataset,
+        seq_length=config.model.seq_length,
+        rows_per_batch=config.batch.global_batch_size,
+        max_batches=config.evaluate.max_batches if config.evaluate else None,
+        vocab_size=vocab_size,
+    )
+
+
+def _open(
+    prefix: str,
+    path: str,
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    problems: list[Problem],
+) -> IndexedDataset | None:
+    dataset = _collect(problems, path, lambda: IndexedDataset(prefix))
+    if dataset is None:
+        return None
+    length = config.model.seq_length
+    _collect(problems, path, lambda: num_samples(dataset.num_tokens, length, prefix))
+    if tokenizer is not None:
+        problems += _tokenizer_problems(dataset, path, config, tokenizer)
+    return dataset
+
+
+def _tokenizer_problems(
+    dataset: IndexedDataset, path: str, config: RunConfig, tokenizer: Tokenizer
+) -> Iterator[Problem]:
+    """What the sidecar tells against the run's tokenizer; foreign datasets have no sidecar."""
+    if dataset.sidecar is None:
+        return
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    for problem in dataset.sidecar.problems(tokenizer.fingerprint, vocab_size):
+        yield Problem(path, given=f"{dataset.prefix} {problem}")
+
+
+def _collect(problems: list[Problem], path: str, make: Callable[[], T]) -> T | None:
+    """Make something; on a user's error note it under ``path`` and go on, to find the next one."""
+    try:
+        return make()
+    except (ConfigError, DataError) as error:
+        problems.extend(error.problems or [Problem(path, given=str(error))])
+        return None

@@ -1,0 +1,73 @@
+"""Where a run stands: the part of a checkpoint that is not weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mer.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class RunState:
+    """Two counters, never DeepSpeed's, and what else a resumed run needs. Equal on all ranks."""
+
+    batches: int = 0
+    """Global batches drawn so far, for good: the data clock."""
+    updates: int = 0
+    """Applied optimizer updates so far: the step of the learning rate and of Reptile's k."""
+    horizon: int = 0
+    """Updates over which the learning-rate schedule runs, fixed at first launch."""
+    seconds: float = 0.0
+    """Wall time spent in steps and evaluations, all starts together."""
+    skipped_in_a_row: int = 0
+    """Batches without an update since the last update."""
+
+    def to_json(
+        self,
+        history: list[dict[str, Any]],
+        layout: Mapping[str, int],
+        reptile: dict[str, int] | None,
+    ) -> dict[str, Any]:
+        """The state as a checkpoint keeps it.
+
+        Args:
+            history: the plan's history.
+            layout: sizes of the rank grid that wrote the checkpoint.
+            reptile: Reptile's counters, None without Reptile.
+        """
+        return {
+            "format_version": FORMAT_VERSION,
+            "batches": self.batches,
+            "updates": self.updates,
+            "horizon": self.horizon,
+            "seconds": self.seconds,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "history": history,
+            "layout": dict(layout),
+            "reptile": reptile,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> RunState:
+        """The counters of a checkpoint.
+
+        Raises:
+            CheckpointError: written by a later format.
+        """
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint's run state has format {version}; this version reads "
+                f"{FORMAT_VERSION}. Resume it with the version that wrote it"
+            )
+        return cls(
+            batches=int(content["batches"]),
+            updates=int(content["updates"]),
+            horizon=int(content["horizon"]),
+            seconds=float(content["seconds"]),
+            skipped_in_a_row=int(content["skipped_in_a_row"]),
+        )

@@ -1,0 +1,81 @@
+"""What a run says at its end: summary.json, ledger.json and the picture of its losses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_mer.analysis.pictures import loss_picture
+from megatron_mer.config import RunConfig
+from megatron_mer.continual.forgetting import MatrixRow, summary_dict
+from megatron_mer.continual.stream import Plan
+from megatron_mer.training.outputs import RunDirectory
+from megatron_mer.training.run_state import RunState
+
+
+def write_results(
+    outputs: RunDirectory,
+    config: RunConfig,
+    plan: Plan,
+    state: RunState,
+    entropies: Mapping[str, float],
+) -> dict[str, Any]:
+    """Write summary.json, ledger.json and report/losses.png.
+
+    Args:
+        outputs: the run's directory, with its evaluations.
+        config: the run.
+        plan: its plan, with what was skipped.
+        state: where it stands.
+        entropies: unigram entropy of each held-out set, nats a token.
+
+    Returns:
+        The summary; empty for a run that evaluates nothing.
+    """
+    ledger = plan.ledger(state.batches)
+    outputs.write_json("ledger.json", ledger)
+    evaluations = outputs.evaluations()
+    if not evaluations:
+        return {}
+    set_tasks = {name: task.task for task in config.stream for name in task.valid_sets}
+    summary = summary_dict(
+        [
+            MatrixRow(line["entry"], line["task"], line["losses"])
+            for line in evaluations
+            if line["moment"] != "interval"
+        ],
+        set_tasks,
+        {task.task for task in config.stream if task.trained_before},
+        extras={
+            "name": config.name,
+            "steps": state.updates,
+            "batches": state.batches,
+            "tokens": state.batches * config.batch.global_batch_size * config.model.seq_length,
+            "wall_seconds": round(state.seconds, 1),
+            "replay_share": {t["task"]: t["replay_share"] for t in ledger["tasks"]},
+            "unigram_entropy": dict(entropies),
+        },
+    )
+    outputs.write_json("summary.json", summary)
+    outputs.report.mkdir(exist_ok=True)
+    loss_picture(
+        evaluations,
+        boundaries=_boundaries(evaluations),
+        path=outputs.report / "losses.png",
+        set_tasks=set_tasks,
+        title=f"{config.name}: held-out loss of every task over the run",
+    )
+    return summary
+
+
+def _boundaries(evaluations: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """The step at which each entry ended, and its task."""
+    return [(line["step"], line["task"]) for line in evaluations if line["moment"] == "entry_end"]
+
+
+def read_summary(outputs: RunDirectory) -> dict[str, Any]:
+    """The summary of a run that is done; empty when it has none."""
+    path = outputs.root / "summary.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content if isinstance(content, dict) else {}

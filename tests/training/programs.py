@@ -1,0 +1,86 @@
+"""What the ranks of the distributed tests run; loaded by path in each rank."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+
+def train(arguments, kill_after=None, poison=None, record=None):
+    """Run the training program as its script does.
+
+    Args:
+        arguments: its command line.
+        kill_after: kill this rank with SIGKILL once the line of this batch is written.
+        poison: {"batch", "rank"}: make one gradient NaN there.
+        record: folder to write every batch's tokens into, one file a rank.
+    """
+    from megatron_mer.training import main
+
+    torch.set_num_threads(1)
+    if kill_after is not None:
+        _kill_after(kill_after)
+    if poison is not None:
+        _poison(poison)
+    if record is not None:
+        _record(Path(record))
+    code = main.main(arguments)
+    if code:
+        raise SystemExit(code)
+    return code
+
+
+def _kill_after(batch):
+    from megatron_mer.training.loop import Trainer
+
+    after = Trainer._after
+
+    def killed(self, done, entry, outcome):
+        after(self, done, entry, outcome)
+        if done == batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer._after = killed
+
+
+def _poison(poison):
+    from megatron_mer.engine.training_engine import TrainingEngine
+
+    step = TrainingEngine.train_step
+
+    def poisoned(self, batch, lr):
+        self.steps_taken = getattr(self, "steps_taken", -1) + 1
+        here = self.steps_taken == poison["batch"] and int(os.environ["RANK"]) == poison["rank"]
+        parameter = next(iter(self._names))
+        handle = parameter.register_hook(lambda grad: grad * float("nan")) if here else None
+        try:
+            return step(self, batch, lr)
+        finally:
+            if handle:
+                handle.remove()
+
+    TrainingEngine.train_step = poisoned
+
+
+def _record(folder):
+    from megatron_mer.engine.training_engine import TrainingEngine
+
+    step = TrainingEngine.train_step
+
+    def recorded(self, batch, lr):
+        if batch is not None:
+            rows = [
+                [*inputs.tolist(), int(target[-1]), bool(replayed), mask.tolist()]
+                for micro in batch.micro_batches
+                for inputs, target, replayed, mask in zip(
+                    micro.inputs, micro.targets, micro.is_replay, micro.mask, strict=True
+                )
+            ]
+            at = self.coordinate
+            path = folder / f"batch_{batch.batch}_data_{at.data}_pipe_{at.pipe}_model_{at.model}"
+            path.write_text(json.dumps(rows))
+        return step(self, batch, lr)
+
+    TrainingEngine.train_step = recorded

@@ -1,0 +1,89 @@
+"""Every layout trains the same model: losses, gradient norms and batches equal one process's."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.dist
+
+LAYOUTS = {
+    "tp2": (2, "--parallel.tp_size=2"),
+    "pp2": (2, "--parallel.pp_size=2"),
+    "dp2": (2,),
+    "tp2_pp2_dp2": (8, "--parallel.tp_size=2", "--parallel.pp_size=2"),
+}
+
+
+def curve(tiny, name, key):
+    return [line[key] for line in tiny.lines(name)]
+
+
+def assert_same_curves(tiny, name, reference, tolerance):
+    for key in ("loss", "grad_norm", "loss_fresh"):
+        wanted, given = curve(tiny, reference, key), curve(tiny, name, key)
+        assert len(wanted) == len(given) == 20
+        worst = max(abs(a - b) for a, b in zip(wanted, given, strict=True))
+        assert worst <= tolerance, f"{name}: {key} is {worst} off {reference}"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_layouts_train_the_same_model(tiny, tied):
+    def change(config):
+        config["model"]["tie_embeddings"] = tied
+
+    tiny.train(tiny.write("one", change))
+    reptile = [line for line in tiny.lines("one") if "reptile_delta_norm" in line]
+    assert [line["step"] for line in reptile] == [4, 8, 12, 16, 20]
+    layouts = LAYOUTS if tied else {"tp2_pp2_dp2": LAYOUTS["tp2_pp2_dp2"]}
+    for name, (ranks, *options) in layouts.items():
+        tiny.train(tiny.write(name, change), *options, world_size=ranks)
+        assert_same_curves(tiny, name, "one", 1e-5)
+        moved = [line for line in tiny.lines(name) if "reptile_delta_norm" in line]
+        assert len(moved) == len(reptile) == 5
+        for mine, reference in zip(moved, reptile, strict=True):
+            for key in ("reptile_delta_norm", "reptile_delta_cosine"):
+                if reference[key] is None:
+                    assert mine[key] is None
+                else:
+                    assert mine[key] == pytest.approx(reference[key], rel=1e-4), (name, key)
+        losses = [line["losses"] for line in tiny.lines(name, "evaluations.jsonl")]
+        wanted = [line["losses"] for line in tiny.lines("one", "evaluations.jsonl")]
+        assert len(losses) == len(wanted) == 4
+        for mine, reference in zip(losses, wanted, strict=True):
+            assert mine == pytest.approx(reference, abs=1e-5)
+
+
+def rows_by_batch(folder, dp_size, **coordinate):
+    """Each batch's rows in order, as the ranks of one (pipe, model) coordinate received them."""
+    batches = {}
+    for path in folder.iterdir():
+        fields = path.name.split("_")
+        at = dict(zip(fields[::2], map(int, fields[1::2]), strict=True))
+        if all(at[axis] == place for axis, place in coordinate.items()):
+            batches.setdefault(at["batch"], {})[at["data"]] = json.loads(path.read_text())
+    return {
+        batch: [row for data in range(dp_size) for row in parts[data]]
+        for batch, parts in batches.items()
+    }
+
+
+def test_batches_do_not_depend_on_the_layout(tiny, tmp_path):
+    runs = {
+        "one": (1, 1, "--batch.micro_batch_size=4"),
+        "dp2": (2, 2, "--batch.micro_batch_size=2"),
+        "tp2_pp2": (4, 1, "--parallel.tp_size=2", "--parallel.pp_size=2"),
+    }
+    seen = {}
+    for name, (ranks, dp_size, *options) in runs.items():
+        folder = tmp_path / f"record_{name}"
+        folder.mkdir()
+        config = tiny.write(name, lambda config: config["model"].update(num_layers=2))
+        tiny.train(config, *options, world_size=ranks, record=str(folder))
+        places = [(p, m) for p in (0, 1) for m in (0, 1)] if name == "tp2_pp2" else [(0, 0)]
+        for pipe, model in places:
+            seen[f"{name} {pipe} {model}"] = rows_by_batch(folder, dp_size, pipe=pipe, model=model)
+    reference = seen.pop("one 0 0")
+    assert sorted(reference) == list(range(20))
+    assert all(len(rows) == 8 for rows in reference.values())
+    for name, batches in seen.items():
+        assert batches == reference, name

@@ -1,0 +1,41 @@
+"""A killed run goes on as if nothing had happened."""
+
+import pytest
+
+pytestmark = pytest.mark.dist
+
+TIMES = ("step_seconds", "tokens_per_second")
+
+CASES = {
+    "bf16_pp2_dp2": (4, ("--precision=bf16", "--parallel.pp_size=2")),
+    "fp32_pp2_dp2": (4, ("--precision=fp32", "--parallel.pp_size=2")),
+    "bf16_tp2": (2, ("--precision=bf16", "--parallel.tp_size=2")),
+    "fp32_tp2": (2, ("--precision=fp32", "--parallel.tp_size=2")),
+}
+LONG = {"fp32_pp2_dp2", "fp32_tp2"}
+
+
+def without_times(lines):
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in CASES]
+)
+def test_killed_in_mid_interval_and_task_resumes_to_the_bit(tiny, case):
+    ranks, options = CASES[case]
+    tiny.train(tiny.write("alone"), *options, world_size=ranks)
+    config = tiny.write("killed")
+    # The checkpoint at step 10 lies inside a Reptile interval (k 4) and a task (7 + 7 + 6); the
+    # lines of two further steps are written, lost, and written again.
+    codes = tiny.train(config, *options, world_size=ranks, kill_after=11, expect_failure=True)
+    assert set(codes) == {-9}
+    assert len(tiny.lines("killed")) == 12
+    tiny.train(config, *options, world_size=ranks)
+    assert [line["step"] for line in tiny.lines("killed")] == list(range(1, 21))
+    assert without_times(tiny.lines("killed")) == without_times(tiny.lines("alone"))
+    lost = tiny.lines("killed", "metrics.lost.jsonl")
+    assert [line["step"] for line in lost] == [11, 12]
+    evaluations = tiny.lines("killed", "evaluations.jsonl")
+    assert evaluations == tiny.lines("alone", "evaluations.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 7, 14, 20]
