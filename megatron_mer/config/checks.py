@@ -169,12 +169,13 @@ def _evaluate(config: RunConfig) -> Problems:
 
 def _zero_stage(config: RunConfig) -> Problems:
     stage = config.parallel.zero_stage
-    if stage == 0 and config.precision != "fp32":
-        given = "given 0 with precision bf16, where DeepSpeed would sum gradients in bf16"
-        yield Problem("parallel.zero_stage", given, "1; 0 with precision fp32 only")
+    if stage == 0:
+        given = "given 0, which keeps no master weights apart from the model's"
+        remedy = "with one data-parallel rank 1 shards nothing and costs no more"
+        yield Problem("parallel.zero_stage", given, "1", remedy)
     elif stage >= 2:
         given = f"given {stage}, which shards gradients and does not work with pipeline stages"
-        yield Problem("parallel.zero_stage", given, "1; 0 with precision fp32 only")
+        yield Problem("parallel.zero_stage", given, "1")
 
 
 def _tensor_split(config: RunConfig) -> Problems:

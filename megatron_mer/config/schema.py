@@ -108,8 +108,8 @@ class ParallelConfig:
     """Tensor-parallel ranks: each layer's weights are split over them."""
     pp_size: Count = 1
     """Pipeline stages: the layers are split over them."""
-    zero_stage: Annotated[CountOrZero, Note("1; 0 with precision fp32 only")] = 1
-    """1: optimizer state sharded over the data-parallel ranks; 0: replicated, in fp32 only."""
+    zero_stage: Annotated[CountOrZero, Note("1")] = 1
+    """1: fp32 masters and moments sharded over the data-parallel ranks; the only one today."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """full: recompute each block in the backward pass; less memory, about a third more compute."""
 

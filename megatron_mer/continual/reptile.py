@@ -118,7 +118,9 @@ class Reptile:
     def _move(self) -> Tensor:
         """Move every shard; return this rank's part of delta.delta, delta.ref and ref.ref."""
         shards = self._masters.shards
-        sums = torch.zeros(3, dtype=torch.float64, device=shards[0].tensor.device)
+        # A rank of a tiny model may own nothing but padding.
+        where = shards[0].tensor.device if shards else None
+        sums = torch.zeros(3, dtype=torch.float64, device=where)
         averaged = self._tied_deltas()
         for index, shard in enumerate(shards):
             for start, stop in _chunks(shard.tensor.numel()):

@@ -16,7 +16,6 @@ from megatron_mer.config import check_layout, load_config
         ([], 4),
         (["--parallel.tp_size=2", "--parallel.pp_size=2"], 8),
         (["--parallel.pp_size=4"], 4),
-        (["--precision=fp32", "--parallel.zero_stage=0"], 2),
     ],
 )
 def test_layouts_that_work(base: Path, overrides: list[str], world_size: int) -> None:

@@ -82,49 +82,67 @@ class Blend:
         return node, self.taken[node] - 1
 
 
+class Walk:
+    """The run walked row by row, everything consumed so far kept in a list."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.names = list(spec.datasets)
+        self.orders: dict[tuple[str, int], list[int]] = {}
+        self.cursors = dict.fromkeys(self.names, 0)
+        self.consumed: list[tuple[int, int, int, int]] = []  # batch, entry, dataset, sample
+        for index, entry in enumerate(spec.stream):
+            if entry.trained_before:
+                blend = self.blend_of(entry)
+                for _ in range(sum(one.num_samples for one in entry.datasets)):
+                    self.consume(index, blend, dict.fromkeys(self.names, 0), -1)
+
+    def blend_of(self, entry) -> Blend:
+        sizes = [one.num_samples for one in entry.datasets]
+        weighted = entry.datasets[0].weight is not None
+        return Blend(sizes, [one.weight for one in entry.datasets] if weighted else None)
+
+    def sample_of(self, name: str, k: int) -> int:
+        epoch, position = divmod(k, self.spec.datasets[name])
+        if (name, epoch) not in self.orders:
+            word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+            key = keyed_hash(self.spec.seed, PERMUTATION, word, epoch)
+            self.orders[name, epoch] = permutation(self.spec.datasets[name], key)
+        return self.orders[name, epoch][position]
+
+    def consume(self, index: int, blend: Blend, starts: dict[str, int], batch: int) -> None:
+        place, taken = blend.next()
+        name = self.spec.stream[index].datasets[place].name
+        k = starts[name] + taken
+        if not self.spec.stream[index].trained_before:
+            self.cursors[name] = k + 1
+        self.consumed.append((batch, index, self.names.index(name), self.sample_of(name, k)))
+
+    def rows(self, batch: int, first: int, replay: int, pool: list[int]) -> list[tuple[int, ...]]:
+        """The rows of a batch whose fresh ones were consumed from ordinal ``first`` on."""
+        consumed = self.consumed
+        rows = [(0, *consumed[o][1:], o) for o in range(first, len(consumed))]
+        for row in range(replay):
+            at = keyed_hash(self.spec.seed, REPLAY, batch, row) * len(pool) >> 64
+            rows.append((1, *consumed[pool[at]][1:], pool[at]))
+        n = self.spec.global_batch_size
+        order = permutation(n, keyed_hash(self.spec.seed, PLACEMENT, batch))
+        return [rows[place] for place in order]
+
+
 def walk_run(spec, skipped=()):
     """Yields (batch, entry, rows), rows being (kind, entry, dataset, sample, ordinal) tuples."""
     skipped = set(skipped)
     alpha = Fraction(spec.replay.alpha) if spec.replay else Fraction(0)
     current_too = spec.replay is not None and spec.replay.include_current_task
-    names = list(spec.datasets)
-    orders: dict[tuple[str, int], list[int]] = {}
-    cursors = dict.fromkeys(names, 0)
-    consumed: list[tuple[int, int, int, int]] = []  # batch, entry, dataset, sample by ordinal
-
-    def sample_of(name: str, k: int) -> int:
-        epoch, position = divmod(k, spec.datasets[name])
-        if (name, epoch) not in orders:
-            word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-            key = keyed_hash(spec.seed, PERMUTATION, word, epoch)
-            orders[name, epoch] = permutation(spec.datasets[name], key)
-        return orders[name, epoch][position]
-
-    def consume(index: int, blend: Blend, starts: dict[str, int], batch: int) -> None:
-        place, taken = blend.next()
-        name = spec.stream[index].datasets[place].name
-        k = starts[name] + taken
-        if not spec.stream[index].trained_before:
-            cursors[name] = k + 1
-        consumed.append((batch, index, names.index(name), sample_of(name, k)))
-
-    def blend_of(entry) -> Blend:
-        sizes = [one.num_samples for one in entry.datasets]
-        weighted = entry.datasets[0].weight is not None
-        return Blend(sizes, [one.weight for one in entry.datasets] if weighted else None)
-
-    for index, entry in enumerate(spec.stream):
-        if entry.trained_before:
-            blend = blend_of(entry)
-            for _ in range(sum(one.num_samples for one in entry.datasets)):
-                consume(index, blend, dict.fromkeys(names, 0), -1)
-
+    walk = Walk(spec)
+    consumed = walk.consumed
     n = spec.global_batch_size
     batch = 0
     for index, entry in enumerate(spec.stream):
         if entry.trained_before:
             continue
-        blend, starts, begun = blend_of(entry), dict(cursors), len(consumed)
+        blend, starts, begun = walk.blend_of(entry), dict(walk.cursors), len(consumed)
         wanted = -(-(entry.fresh_tokens or 0) // spec.seq_length)
         local = fresh_if_none_skipped = 0
         found_pool = False
@@ -139,12 +157,7 @@ def walk_run(spec, skipped=()):
             had_pool = had_pool or current_too
             first = len(consumed)
             for _ in range(n - replay):
-                consume(index, blend, starts, batch)
-            rows = [(0, *consumed[o][1:], o) for o in range(first, len(consumed))]
-            for row in range(replay):
-                at = keyed_hash(spec.seed, REPLAY, batch, row) * len(pool) >> 64
-                rows.append((1, *consumed[pool[at]][1:], pool[at]))
-            order = permutation(n, keyed_hash(spec.seed, PLACEMENT, batch))
-            yield batch, index, [rows[place] for place in order]
+                walk.consume(index, blend, starts, batch)
+            yield batch, index, walk.rows(batch, first, replay, pool)
             batch += 1
             local += 1
