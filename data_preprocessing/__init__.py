@@ -1,0 +1,1 @@
+"""Preparing raw text as the corpora of a task stream, before tokenizing."""

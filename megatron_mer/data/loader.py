@@ -1,0 +1,283 @@
+"""Training batches: the plan says which samples, a background thread reads them ahead.
+
+A thread and not worker processes: reading is a `pread` a sample, which releases the interpreter's
+lock, and nothing has to be copied between processes. Threads hand over through one condition
+variable.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mer.data.batches import RankBatch, cut_micro_batches, rank_rows
+from megatron_mer.data.indexed_dataset import IndexedDataset
+from megatron_mer.data.packing import read_samples
+from megatron_mer.errors import DataError, MegatronMerError, TrainingError
+
+REPLAY = 1
+"""`Rows.kind` of a replayed row."""
+
+
+class Rows(Protocol):
+    """Where the rows of a batch come from, one entry a row."""
+
+    @property
+    def kind(self) -> NDArray[np.uint8]:
+        """0 fresh, 1 replay."""
+
+    @property
+    def dataset(self) -> NDArray[np.int32]:
+        """Index into the plan's datasets."""
+
+    @property
+    def sample(self) -> NDArray[np.int64]:
+        """Sample number in its dataset."""
+
+
+class Entry(Protocol):
+    """A stream entry."""
+
+    @property
+    def index(self) -> int:
+        """Its place in the stream."""
+
+
+class Plan(Protocol):
+    """The part of a run's plan that the loader uses."""
+
+    @property
+    def total_batches(self) -> int:
+        """Batches of the whole run."""
+
+    @property
+    def datasets(self) -> Sequence[str]:
+        """Dataset names."""
+
+    def rows(self, batch: int, start: int = 0, stop: int | None = None) -> Rows:
+        """Return the rows [start, stop) of a batch, in order."""
+
+    def entry_of(self, batch: int) -> Entry:
+        """Return the entry that a batch belongs to."""
+
+    def mark_skipped(self, batch: int) -> Any:
+        """Note that a batch was drawn but not trained on."""
+
+
+class TrainLoader:
+    """Iterates over one rank's batches of a run, from `first_batch` to the end of the plan.
+
+    Args:
+        plan: maps (batch, row) to a sample.
+        datasets: open datasets by name; every name of the plan.
+        seq_length: S.
+        vocab_size: ids must be in [0, vocab_size).
+        dp_rank: this rank's place among the data-parallel ranks.
+        dp_size: number of them.
+        micro_batch_size: rows of a micro batch.
+        eod_mask_loss: whether the first token of each document is no target.
+        first_batch: batch to begin with: the batches drawn so far.
+        prefetch: batches read ahead, at least 1.
+
+    Raises:
+        DataError: a dataset of the plan is missing.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        datasets: Mapping[str, IndexedDataset],
+        seq_length: int,
+        vocab_size: int,
+        dp_rank: int,
+        dp_size: int,
+        micro_batch_size: int,
+        eod_mask_loss: bool = False,
+        first_batch: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        missing = [name for name in plan.datasets if name not in datasets]
+        if missing:
+            raise DataError(f"the plan uses datasets that are not open: {', '.join(missing)}")
+        self._plan = plan
+        self._datasets = [datasets[name] for name in plan.datasets]
+        self._seq_length = seq_length
+        self._vocab_size = vocab_size
+        self._dp = (dp_rank, dp_size)
+        self._micro_batch_size = micro_batch_size
+        self._eod_mask_loss = eod_mask_loss
+        self._delivered = first_batch - 1
+        self._prefetch = max(1, prefetch)
+        self._closed = False
+        self._reader = _ReadAhead(self, first_batch, self._prefetch)
+
+    def __iter__(self) -> TrainLoader:
+        """Return the loader."""
+        return self
+
+    def __next__(self) -> RankBatch:
+        """Return the next batch.
+
+        Raises:
+            DataError: a dataset could not be read; also on every later call.
+            TrainingError: reading failed for another reason, or the loader is closed.
+        """
+        if self._closed:
+            raise TrainingError("the data loader is closed")
+        batch = self._reader.take()
+        self._delivered = batch.batch
+        return batch
+
+    def skip(self, batch: int) -> None:
+        """Note that the batch just delivered was not trained on, and draw the following ones anew.
+
+        Its fresh rows must never be replayed, so batches that were read ahead are dropped.
+
+        Raises:
+            TrainingError: it is not the batch that was delivered last.
+        """
+        if batch != self._delivered:
+            raise TrainingError(
+                f"batch {batch} cannot be skipped: the last one delivered is {self._delivered}"
+            )
+        self._reader.stop()
+        self._plan.mark_skipped(batch)
+        self._reader = _ReadAhead(self, batch + 1, self._prefetch)
+
+    def close(self) -> None:
+        """Stop the background thread and wait for it: at most the batch being read."""
+        self._closed = True
+        self._reader.stop()
+
+    def __enter__(self) -> TrainLoader:
+        """Return the loader."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the loader."""
+        self.close()
+
+    @property
+    def total_batches(self) -> int:
+        """Batches of the whole run."""
+        return self._plan.total_batches
+
+    def read(self, batch: int) -> RankBatch:
+        """Read this rank's part of a batch, in the calling thread."""
+        rows = self._plan.rows(batch)
+        kind, dataset = np.asarray(rows.kind), np.asarray(rows.dataset)
+        sample = np.asarray(rows.sample, dtype=np.int64)
+        place = rank_rows(len(kind), *self._dp, self._micro_batch_size)
+        mine = slice(place.start, place.stop)
+        tokens, mask = self._read_rows(dataset[mine], sample[mine])
+        replayed = kind == REPLAY
+        return RankBatch(
+            batch=batch,
+            entry=self._plan.entry_of(batch).index,
+            micro_batches=cut_micro_batches(tokens, mask, replayed[mine], self._micro_batch_size),
+            num_rows=len(kind),
+            num_replay_rows=int(np.count_nonzero(replayed)),
+            num_unmasked=self._count_unmasked(dataset, sample),
+        )
+
+    def _read_rows(
+        self, dataset: NDArray[np.int32], sample: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        length = self._seq_length
+        tokens = np.empty((len(sample), length + 1), dtype=np.int64)
+        mask = np.ones((len(sample), length), dtype=np.float32)
+        for index in np.unique(dataset).tolist():
+            places = np.flatnonzero(dataset == index)
+            source = self._datasets[index]
+            tokens[places] = read_samples(source, sample[places], length, self._vocab_size)
+            if self._eod_mask_loss:
+                mask[places] = ~source.document_end_masks(sample[places] * length, length)
+        return tokens, mask
+
+    def _count_unmasked(self, dataset: NDArray[np.int32], sample: NDArray[np.int64]) -> int:
+        """Count the global batch's targets without reading tokens: from the index alone."""
+        count = len(sample) * self._seq_length
+        if self._eod_mask_loss:
+            for index in np.unique(dataset).tolist():
+                starts = sample[dataset == index] * self._seq_length
+                ends = self._datasets[index].count_document_ends(starts, self._seq_length)
+                count -= int(ends.sum())
+        return count
+
+
+class _ReadAhead:
+    """A thread that reads batches in order and waits while `limit` of them are ready."""
+
+    def __init__(self, loader: TrainLoader, first_batch: int, limit: int) -> None:
+        self._loader = loader
+        self._limit = limit
+        self._changed = threading.Condition()
+        self._ready: deque[RankBatch] = deque()
+        self._failure: tuple[int, BaseException] | None = None
+        self._finished = self._stopped = False
+        self._thread = threading.Thread(
+            target=self._run, args=(first_batch,), name="data-loader", daemon=True
+        )
+        self._thread.start()
+
+    def take(self) -> RankBatch:
+        """Wait for the next batch; the failure of the thread comes after what it read before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._failure or self._finished)
+            if self._ready:
+                self._changed.notify_all()
+                return self._ready.popleft()
+            if self._failure is not None:
+                raise _explain(*self._failure) from self._failure[1]
+            raise StopIteration
+
+    def stop(self) -> None:
+        """Drop what was read ahead and wait for the thread to end."""
+        with self._changed:
+            self._stopped = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self, first_batch: int) -> None:
+        batch = first_batch
+        try:
+            for batch in range(first_batch, self._loader.total_batches):
+                if not self._offer(batch):
+                    return
+        except BaseException as error:  # noqa: BLE001 - the training loop must hear of anything
+            with self._changed:
+                self._failure = (batch, error)
+        finally:
+            with self._changed:
+                self._finished = True
+                self._changed.notify_all()
+
+    def _offer(self, batch: int) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or len(self._ready) < self._limit)
+            if self._stopped:
+                return False
+        read = self._loader.read(batch)
+        with self._changed:
+            if not self._stopped:
+                self._ready.append(read)
+                self._changed.notify_all()
+            return not self._stopped
+
+
+def _explain(batch: int, error: BaseException) -> MegatronMerError:
+    kind = DataError if isinstance(error, DataError) else TrainingError
+    name = "" if isinstance(error, MegatronMerError) else f"{type(error).__name__}: "
+    return kind(f"reading batch {batch} failed: {name}{error}")
