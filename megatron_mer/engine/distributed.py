@@ -33,6 +33,7 @@ def start_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     try:
         deepspeed.init_distributed(
             dist_backend=get_accelerator().communication_backend_name(),

@@ -83,7 +83,13 @@ class RunDirectory:
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_status(self, status: Status, step: int, reason: str = "") -> None:
-        """Say where the run stands; scripts read this, not exit codes."""
+        """Say where the run stands; scripts read this, not exit codes.
+
+        Args:
+            status: running, done, stopped, failed or requeue.
+            step: the step of the newest checkpoint, which a new start resumes from.
+            reason: why, for a run that ended early.
+        """
         self.write_json("status.json", {"status": status, "step": step, "reason": reason})
 
     def read_status(self) -> dict[str, Any]:

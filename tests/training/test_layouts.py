@@ -53,6 +53,31 @@ def test_layouts_train_the_same_model(tiny, tied):
             assert mine == pytest.approx(reference, abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, ("--parallel.pp_size=2", "--batch.micro_batch_size=4")),
+        (4, ("--parallel.pp_size=4",)),
+        (4, ("--parallel.tp_size=2", "--parallel.pp_size=2")),
+        (4, ("--parallel.tp_size=2", "--batch.micro_batch_size=2")),
+        (4, ("--parallel.pp_size=2", "--parallel.activation_checkpointing=full")),
+        (8, ("--parallel.pp_size=2",)),
+        (8, ("--parallel.pp_size=4",)),
+    ],
+    ids=["pp2_mb4", "pp4", "tp2_pp2", "tp2_dp2", "pp2_dp2_ckpt", "pp2_dp4", "pp4_dp2"],
+)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_every_layout_trains_the_same_model(tiny, ranks, options, tied):
+    def change(config):
+        config["model"]["tie_embeddings"] = tied
+        config["reptile"].update(momentum=0.5, nesterov=True)
+
+    tiny.train(tiny.write("one", change))
+    tiny.train(tiny.write("many", change), *options, world_size=ranks)
+    assert_same_curves(tiny, "many", "one", 1e-5)
+
+
 def rows_by_batch(folder, dp_size, **coordinate):
     """Each batch's rows in order, as the ranks of one (pipe, model) coordinate received them."""
     batches = {}

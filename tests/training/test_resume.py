@@ -1,5 +1,7 @@
 """A killed run goes on as if nothing had happened."""
 
+import random
+
 import pytest
 
 pytestmark = pytest.mark.dist
@@ -39,3 +41,31 @@ def test_killed_in_mid_interval_and_task_resumes_to_the_bit(tiny, case):
     evaluations = tiny.lines("killed", "evaluations.jsonl")
     assert evaluations == tiny.lines("alone", "evaluations.jsonl")
     assert [line["step"] for line in evaluations] == [0, 7, 14, 20]
+
+
+def test_recomputing_activations_changes_no_bit(tiny):
+    options = ("--precision=bf16", "--parallel.pp_size=2")
+    tiny.train(tiny.write("kept"), *options, world_size=2)
+    again = (*options, "--parallel.activation_checkpointing=full")
+    tiny.train(tiny.write("recomputed"), *again, world_size=2)
+    assert without_times(tiny.lines("recomputed")) == without_times(tiny.lines("kept"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", CASES)
+def test_killed_again_and_again_resumes_to_the_bit(tiny, case):
+    ranks, options = CASES[case]
+    options = (*options, "--checkpoint.every_steps=2", "--reptile.momentum=0.5")
+    tiny.train(tiny.write("alone"), *options, world_size=ranks)
+    config = tiny.write("killed")
+    # Each kill comes at least two steps after the last one, so that the run gets on.
+    moments = sorted(random.Random(case).sample(range(2, 20, 2), 6))
+    for moment in moments:
+        codes = tiny.train(
+            config, *options, world_size=ranks, kill_after=moment, expect_failure=True
+        )
+        assert set(codes) == {-9}
+    tiny.train(config, *options, world_size=ranks)
+    assert without_times(tiny.lines("killed")) == without_times(tiny.lines("alone"))
+    assert tiny.lines("killed", "evaluations.jsonl") == tiny.lines("alone", "evaluations.jsonl")
