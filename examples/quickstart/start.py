@@ -75,7 +75,7 @@ def _report(code: int) -> int:
     except (OSError, ValueError):
         status = {}
     if status.get("status") == "done" and code == 0:
-        files = ", ".join(str(OUTPUT / name) for name in ("summary.json", "metrics.jsonl"))
+        files = ", ".join(str(OUTPUT / name) for name in ("summary.json", "report/losses.png"))
         print(f"   results: {files}")
         return 0
     print(
