@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ from megatron_mer.errors import MegatronMerError
 from megatron_mer.launch.environment import RankEnvironment, rank_environment
 from megatron_mer.log import setup_logging
 from megatron_mer.training.preflight import Prepared, prepare
+
+_SECONDS_FOR_RANK_0 = 10.0
 
 _USAGE = """\
 Continual pre-training of a Llama: one stream of tasks, replay, Reptile.
@@ -61,8 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         prepared = prepare(load_config(own.config, overrides), environment.world_size)
     except MegatronMerError as error:
-        # Every rank finds the same; one says it.
-        return _report(error, environment.rank) if environment.rank == 0 else error.exit_code
+        # Every rank finds the same and one says it; launchers end all ranks at the first exit, so
+        # the others let rank 0 go first.
+        if environment.rank == 0:
+            return _report(error, environment.rank)
+        time.sleep(_SECONDS_FOR_RANK_0)
+        return error.exit_code
     return _train(prepared, environment, own.fresh)
 
 
