@@ -125,10 +125,11 @@ class RunDirectory:
 
         Args:
             batches: number of batches the checkpoint has behind it; metrics of a later batch and
-                evaluations after a later batch are cut, as is a last line torn by a kill.
+                evaluations after a later batch are cut, as is a last line torn by a kill. Without a
+                checkpoint it is 0, and the evaluation before the first step is done again too.
         """
         _cut(self._metrics, lambda line: int(line["batch"]) < batches)
-        _cut(self._evaluations, lambda line: int(line["batches"]) <= batches)
+        _cut(self._evaluations, lambda line: 0 < batches >= int(line["batches"]))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

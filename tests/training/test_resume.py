@@ -51,6 +51,15 @@ def test_recomputing_activations_changes_no_bit(tiny):
     assert without_times(tiny.lines("recomputed")) == without_times(tiny.lines("kept"))
 
 
+def test_killed_before_the_first_checkpoint_begins_again(tiny):
+    tiny.train(tiny.write("alone"))
+    config = tiny.write("killed")
+    assert tiny.train(config, kill_after=2, expect_failure=True) == [-9]
+    tiny.train(config)
+    assert without_times(tiny.lines("killed")) == without_times(tiny.lines("alone"))
+    assert tiny.lines("killed", "evaluations.jsonl") == tiny.lines("alone", "evaluations.jsonl")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
