@@ -120,13 +120,22 @@ class TinyRun:
         world_size: int = 1,
         timeout: float = 120.0,
         expect_failure: bool = False,
+        output: bool = False,
         **program: Any,
-    ) -> list[Any]:
-        """Run it; see ``programs.train`` for the other arguments."""
+    ) -> Any:
+        """Run it; see ``programs.train`` for the other arguments.
+
+        Returns:
+            Each rank's result; with ``expect_failure`` its exit code; with ``output`` instead what
+            rank 0 printed.
+        """
         arguments = {"arguments": ["--config", str(config), *overrides], **program}
-        return run_world(
+        said = run_world(
             PROGRAMS, "train", world_size, arguments, timeout, expect_failure=expect_failure
         )
+        if output:
+            return said[0][1]
+        return [code for code, _ in said] if expect_failure else said
 
     def lines(self, name: str, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """The JSON lines that run ``name`` left."""

@@ -15,8 +15,8 @@ Continual Pre-Training of Large Language Models", arXiv 2508.01908):
   by the tasks before it. There is none for a set with no task before it.
 
 Where a quantity does not exist (a task that a stopped run never reached, the forgetting of a task
-trained once and last) it is None and not in the mean. A loss that is NaN makes every quantity NaN
-that depends on it, the means too.
+trained once and last; a set that came with a task appended later, before it came) it is None and
+not in the mean. A loss that is NaN makes every quantity NaN that depends on it, the means too.
 """
 
 from __future__ import annotations
@@ -87,9 +87,10 @@ class ForgettingMatrix:
         self._trained_before = frozenset(trained_before)
         self._check()
         self.losses: npt.NDArray[np.float64] = np.array(
-            [[row.losses[name] for name in self.sets] for row in self.rows], dtype=np.float64
+            [[row.losses.get(name, np.nan) for name in self.sets] for row in self.rows],
+            dtype=np.float64,
         ).reshape(len(self.rows), len(self.sets))
-        """(rows, sets), nats a token."""
+        """(rows, sets), nats a token; NaN where a row has no such set."""
 
     def _check(self) -> None:
         if not self.rows or self.rows[0].task is not None:
@@ -97,10 +98,10 @@ class ForgettingMatrix:
         if any(row.task is None for row in self.rows[1:]):
             raise ValueError("a row after the first is not the end of an entry: it has no task")
         for row in self.rows:
-            if set(row.losses) != set(self.sets):
+            if self.sets and not set(row.losses) & set(self.sets):
                 raise ValueError(
-                    f"row {row.label!r} has the sets {sorted(row.losses)}, "
-                    f"expected {sorted(self.sets)}"
+                    f"row {row.label!r} has the sets {sorted(row.losses)}, none of which is among "
+                    f"{sorted(self.sets)}"
                 )
 
     def scores(self) -> dict[str, SetScores]:
@@ -129,18 +130,17 @@ class ForgettingMatrix:
         trained = self._trainings(task)
         if not trained:
             return SetScores(task, None, None, None, None, None)
-        losses = self.losses[:, column]
-        final = losses[-1]
-        learned = losses[trained[-1]]
-        past = losses[trained[0] : -1]
-        first = trained[0]
+        losses = [row.losses.get(name) for row in self.rows]
+        first, final, learned = trained[0], losses[-1], losses[trained[-1]]
+        past = losses[first:-1]
+        best = None if not past or None in past else float(self.losses[first:-1, column].min())
         return SetScores(
             task=task,
-            retained=float(final),
-            learned=float(learned),
-            forgetting=float(final - past.min()) if past.size else None,
-            backward_transfer=float(learned - final),
-            forward_transfer=float(losses[0] - losses[first - 1]) if first > 1 else None,
+            retained=final,
+            learned=learned,
+            forgetting=_less(final, best),
+            backward_transfer=_less(learned, final),
+            forward_transfer=_less(losses[0], losses[first - 1]) if first > 1 else None,
         )
 
 
@@ -186,6 +186,10 @@ def summary_dict(
     if taken:
         raise ValueError(f"extras would replace {', '.join(taken)}")
     return summary | dict(extras or {})
+
+
+def _less(left: float | None, right: float | None) -> float | None:
+    return None if left is None or right is None else left - right
 
 
 def _number(value: float | None) -> float | None:

@@ -18,6 +18,7 @@ class EvaluationSet:
 
     A set is read once from its beginning and never wrapped. Its last batch is filled up with masked
     rows, so every batch has the same shape. Tokens after the last whole sample are left out.
+    Every token counts, whatever training masks, so that runs with other masks can be compared.
 
     Args:
         dataset: the held-out corpus.
@@ -25,7 +26,6 @@ class EvaluationSet:
         rows_per_batch: rows of a batch over all ranks, at least 1.
         max_batches: use only the first batches; None: all.
         vocab_size: ids must be in [0, vocab_size).
-        eod_mask_loss: whether the first token of each document is no target.
 
     Raises:
         DataError: there is not one whole sample.
@@ -38,7 +38,6 @@ class EvaluationSet:
         rows_per_batch: int,
         max_batches: int | None,
         vocab_size: int,
-        eod_mask_loss: bool = False,
     ) -> None:
         samples = num_samples(dataset.num_tokens, seq_length, dataset.prefix)
         if max_batches is not None:
@@ -47,7 +46,6 @@ class EvaluationSet:
         self._seq_length = seq_length
         self._rows = rows_per_batch
         self._vocab_size = vocab_size
-        self._eod_mask_loss = eod_mask_loss
         self.num_samples = samples
         """Samples that are evaluated."""
 
@@ -110,13 +108,7 @@ class EvaluationSet:
         numbers = np.arange(first, stop, dtype=np.int64)
         samples = read_samples(self._dataset, numbers, length, self._vocab_size)
         mask = np.ones((len(numbers), length), dtype=np.float32)
-        if self._eod_mask_loss:
-            mask[:] = ~self._dataset.document_end_masks(numbers * length, length)
         return samples, mask
 
     def _count_unmasked(self, first: int, stop: int) -> int:
-        count = (stop - first) * self._seq_length
-        if self._eod_mask_loss:
-            starts = np.arange(first, stop, dtype=np.int64) * self._seq_length
-            count -= int(self._dataset.count_document_ends(starts, self._seq_length).sum())
-        return count
+        return (stop - first) * self._seq_length

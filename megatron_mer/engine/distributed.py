@@ -33,7 +33,7 @@ def start_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    _take_device()
     try:
         deepspeed.init_distributed(
             dist_backend=get_accelerator().communication_backend_name(),
@@ -50,6 +50,24 @@ def start_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         ) from error
 
 
+def _take_device() -> None:
+    """Make LOCAL_RANK's device the current one; DeepSpeed reads the variable too."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return
+    local_rank, visible = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
+    if local_rank >= visible == 1:
+        # The launcher shows each process its own device only.
+        local_rank = 0
+        os.environ["LOCAL_RANK"] = "0"
+    if local_rank >= visible:
+        raise LaunchError(
+            f"LOCAL_RANK {local_rank} with {visible} visible devices; 0 to {visible - 1} are "
+            "allowed; start as many processes on a node as it has devices, or show each its own"
+        )
+    accelerator.set_device(local_rank)
+
+
 def device() -> torch.device:
     """This rank's device: its GPU, or the CPU."""
     return torch.device(get_accelerator().current_device_name())
@@ -59,7 +77,7 @@ def tensor_parallel_group(layout: Layout, rank: int) -> TensorParallelGroup:
     """Make the tensor-parallel groups of all ranks (collective) and return this rank's."""
     mine = TensorParallelGroup(group=None, rank=0, size=1)
     for ranks in layout.tensor_groups():
-        group = dist.new_group(ranks) if layout.tp_size > 1 else None
+        group = dist.new_group(ranks, timeout=DEFAULT_TIMEOUT) if layout.tp_size > 1 else None
         if rank in ranks:
             mine = TensorParallelGroup(group=group, rank=ranks.index(rank), size=len(ranks))
     return mine

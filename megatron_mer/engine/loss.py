@@ -59,4 +59,6 @@ class GlobalTokenLoss:
 
     def _add(self, token_losses: Tensor, mask: Tensor, is_replay: Tensor) -> None:
         rows = torch.stack([token_losses.sum(1, dtype=torch.float64), mask.sum(1).double()], 1)
-        self.sums.index_add_(0, is_replay.long(), rows)
+        # where, not a product: a loss that is not a number must not spread to the other source.
+        for source, chosen in enumerate((~is_replay, is_replay)):
+            self.sums[source] += torch.where(chosen[:, None], rows, 0.0).sum(0)

@@ -17,7 +17,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_mer.config import ModelConfig, RunConfig
-from megatron_mer.engine.distributed import device, silence_engine_prints
+from megatron_mer.engine.distributed import DEFAULT_TIMEOUT, device, silence_engine_prints
 from megatron_mer.engine.masters import TiedGroup
 from megatron_mer.model import build_layers, initialise_layer, layer_costs
 from megatron_mer.parallel import (
@@ -187,7 +187,7 @@ def _tied_process_groups(
                 for pipe in held
                 for data in range(layout.dp_size)
             ]
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=DEFAULT_TIMEOUT)
             if rank in ranks:
                 mine[f"{name}.weight"] = TiedGroup(process_group=group, copies=len(held))
     return mine

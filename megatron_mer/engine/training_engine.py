@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from megatron_mer.engine.masters import Piece, ShardedMasters
 from megatron_mer.engine.pipeline import StagedLlama
 from megatron_mer.errors import TrainingError
 from megatron_mer.model import init_parameter
-from megatron_mer.optim import parameter_groups
+from megatron_mer.optim.groups import parameter_groups
 from megatron_mer.parallel import Layout
 
 
@@ -52,6 +52,7 @@ class TrainingEngine:
 
     Attributes:
         masters: the fp32 master weights, started from the fp32 initial weights.
+        num_micro_batches: micro batches that a data-parallel rank has in a global batch.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, rank: int) -> None:
@@ -60,8 +61,10 @@ class TrainingEngine:
         self.coordinate = layout.coordinate(rank)
         self._device = device()
         self._group = tensor_parallel_group(layout, rank)
-        micro_batches = num_micro_batches(config, layout.dp_size)
-        self._loss = GlobalTokenLoss(self._group, micro_batches, layout.dp_size, self._device)
+        self.num_micro_batches = num_micro_batches(config, layout.dp_size)
+        self._loss = GlobalTokenLoss(
+            self._group, self.num_micro_batches, layout.dp_size, self._device
+        )
         self._module = StagedLlama(config, layout, self._group, self._loss)
         self._names = self._module.canonical_names()
         optimizer = _adamw(config, self._names)
@@ -116,7 +119,7 @@ class TrainingEngine:
         overflow = bool(self._wrapped.overflow)
         sums = self._reduced_sums(extra=float(overflow))
         skipped = sums[-1] > 0
-        if skipped != overflow:
+        if 0 < sums[-1] < self.layout.world_size:
             raise TrainingError(
                 "ranks disagree on whether the gradient was finite: some updated their weights and "
                 "some did not; the run cannot go on from here, resume it from its last checkpoint"
@@ -141,27 +144,28 @@ class TrainingEngine:
         dist.all_reduce(values)
         return [float(value) for value in values.tolist()]
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+    def evaluate(self, micro_batches: Iterable[MicroBatch] | None, count: int) -> float:
         """Loss over a held-out set with the present weights. Collective; changes nothing.
 
         Args:
-            micro_batches: this data-parallel rank's part, of the training shapes; equally many on
-                every rank.
+            micro_batches: this data-parallel rank's part, of the training shapes; None on a stage
+                that reads no data.
+            count: how many there are, the same on every rank.
 
         Returns:
             Nats a token over the unmasked tokens of all ranks' micro batches.
         """
         self._loss.reset()
         self._engine.eval_batch(
-            self._labelled(micro_batches, num_unmasked=1),
-            num_micro_batches=len(micro_batches),
+            None if micro_batches is None else self._labelled(micro_batches, num_unmasked=1),
+            num_micro_batches=count,
             bcast_loss=False,
         )
         fresh, fresh_tokens, replay, replay_tokens, _ = self._reduced_sums()
         return (fresh + replay) / (fresh_tokens + replay_tokens)
 
     def _labelled(
-        self, micro_batches: Sequence[MicroBatch], num_unmasked: int
+        self, micro_batches: Iterable[MicroBatch], num_unmasked: int
     ) -> Iterator[tuple[Tensor, Labels]]:
         """Micro batches as DeepSpeed takes them: (inputs, labels with the denominator)."""
         unmasked = torch.tensor([float(num_unmasked)], device=self._device)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_mer.config import ParallelConfig
 from megatron_mer.errors import ConfigError, LaunchError, Problem
 
 
@@ -42,6 +43,12 @@ class Layout:
         ]
         if problems:
             raise ConfigError(problems)
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, world_size: int) -> Layout:
+        """The grid of a configuration on a number of ranks that `check_layout` accepted."""
+        share = parallel.tp_size * parallel.pp_size
+        return cls(parallel.tp_size, parallel.pp_size, world_size // share)
 
     @property
     def world_size(self) -> int:

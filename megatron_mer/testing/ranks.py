@@ -115,11 +115,11 @@ def run_world(
         arguments: keyword arguments, picklable.
         timeout: seconds after which every rank prints its stacks and is killed.
         environ: variables added to every rank's.
-        expect_failure: return the exit codes instead of raising when ranks fail (a rank that is
-            left waiting for a failed one is killed and counts as -9).
+        expect_failure: return (exit code, output) of each rank instead of raising when ranks fail
+            (a rank that is left waiting for a failed one is killed and counts as -9).
 
     Returns:
-        Each rank's result, by rank; or the exit codes with ``expect_failure``.
+        Each rank's result, by rank; or (exit code, output) with ``expect_failure``.
 
     Raises:
         WorldError: a rank failed or the time ran out.
@@ -146,7 +146,8 @@ def run_world(
             process.start()
         codes = _wait(processes, folder, timeout, expect_failure)
         if expect_failure:
-            return list(codes)
+            logs = [folder / f"rank_{rank}.log" for rank in range(world_size)]
+            return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
         failed = [rank for rank, code in enumerate(codes) if code != 0]
         if failed:
             first = [rank for rank in failed if codes[rank] != -signal.SIGKILL] or failed

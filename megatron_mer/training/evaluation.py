@@ -29,14 +29,12 @@ class Evaluator:
         return {name: self._loss(held_out) for name, held_out in self._valid.items()}
 
     def _loss(self, held_out: EvaluationSet) -> float:
+        engine = self._engine
         batches = held_out.batches(
-            self._engine.coordinate.data, self._engine.layout.dp_size, self._micro_batch_size
+            engine.coordinate.data, engine.layout.dp_size, self._micro_batch_size
         )
-        return self._engine.evaluate([micro for batch in batches for micro in batch.micro_batches])
-
-    def entropies(self) -> dict[str, float]:
-        """Unigram entropy of every set's own tokens, in nats.
-
-        The loss of a model that knows only how often each token occurs in this very text.
-        """
-        return {name: held_out.unigram_entropy() for name, held_out in self._valid.items()}
+        micro_batches = (micro for batch in batches for micro in batch.micro_batches)
+        return engine.evaluate(
+            micro_batches if engine.reads_data else None,
+            held_out.num_batches * engine.num_micro_batches,
+        )

@@ -18,11 +18,12 @@ from megatron_mer.engine.training_engine import StepOutcome, TrainingEngine
 from megatron_mer.errors import TrainingError
 from megatron_mer.log import get_logger
 from megatron_mer.model import Dimensions
-from megatron_mer.optim import lr_at
+from megatron_mer.optim.schedule import lr_at
 from megatron_mer.training.console import Progress
 from megatron_mer.training.evaluation import Evaluator
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
+from megatron_mer.training.resume import settings
 from megatron_mer.training.run_state import RunState
 from megatron_mer.training.summary import write_results
 
@@ -70,7 +71,7 @@ class Trainer:
         self.rank = rank
         self.world_size = world_size
         self.evaluator = Evaluator(prepared.valid, engine, prepared.config.batch.micro_batch_size)
-        self._datasets = prepared.datasets
+        self._prepared = prepared
         self._saved_at = -1
         self._logged_at = 0.0
 
@@ -94,7 +95,7 @@ class Trainer:
         config = self.config
         return TrainLoader(
             plan=self.plan,
-            datasets=self._datasets,
+            datasets=self._prepared.datasets,
             seq_length=config.model.seq_length,
             vocab_size=Dimensions.of(config.model).vocab_size,
             dp_rank=self.engine.coordinate.data,
@@ -134,7 +135,8 @@ class Trainer:
         else:
             self.plan.mark_skipped(batch)
         self.state.skipped_in_a_row += 1
-        logger.warning(
+        log = logger.warning if self.rank == 0 else logger.debug
+        log(
             "batch %d: loss or gradient is not finite (loss %s); no update, its fresh rows are "
             "marked skipped",
             batch,
@@ -242,18 +244,15 @@ class Trainer:
         """Write a checkpoint of everything. Collective."""
         if self._saved_at == self.state.batches:
             return
-        layout = self.engine.layout
+        if self.rank == 0:
+            self.outputs.sync()
         save_checkpoint(
             self.outputs.checkpoints,
             step=self.state.updates,
             fragments=self.engine.fragments(self.reptile.tensors() if self.reptile else {}),
             run_state=self.state.to_json(
                 history=self.plan.history(),
-                layout={
-                    "tp_size": layout.tp_size,
-                    "pp_size": layout.pp_size,
-                    "dp_size": layout.dp_size,
-                },
+                settings=settings(self._prepared),
                 reptile=self.reptile.counters() if self.reptile else None,
             ),
             rank=self.rank,
@@ -271,10 +270,8 @@ class Trainer:
         """Write summary, ledger and picture; say that the run is done."""
         self.save()
         if self.rank == 0:
-            summary = write_results(
-                self.outputs, self.config, self.plan, self.state, self.evaluator.entropies()
-            )
-            for line in matrix_table(summary).splitlines() if summary else []:
+            summary = write_results(self.outputs, self._prepared, self.state)
+            for line in matrix_table(summary).splitlines():
                 logger.info("%s", line)
         dist.barrier()
         if self.rank == 0:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from megatron_mer.config import describe, load_config
-from megatron_mer.errors import MegatronMerError
+from megatron_mer.errors import ConfigError, MegatronMerError
 from megatron_mer.launch.environment import RankEnvironment, rank_environment
 from megatron_mer.log import setup_logging
 from megatron_mer.training.preflight import Prepared, prepare
@@ -64,12 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         prepared = prepare(load_config(own.config, overrides), environment.world_size)
     except MegatronMerError as error:
-        # Every rank finds the same and one says it; launchers end all ranks at the first exit, so
-        # the others let rank 0 go first.
-        if environment.rank == 0:
-            return _report(error, environment.rank)
-        time.sleep(_SECONDS_FOR_RANK_0)
-        return error.exit_code
+        return _refuse(error, environment.rank)
     return _train(prepared, environment, own.fresh)
 
 
@@ -81,6 +76,8 @@ def _train(prepared: Prepared, environment: RankEnvironment, fresh: bool) -> int
         run(prepared, environment.rank, environment.world_size, fresh)
     except KeyboardInterrupt:
         return 3
+    except ConfigError as error:
+        return _refuse(error, environment.rank)
     except MegatronMerError as error:
         return _report(error, environment.rank)
     except Exception:  # noqa: BLE001
@@ -88,6 +85,17 @@ def _train(prepared: Prepared, environment: RankEnvironment, fresh: bool) -> int
         traceback.print_exc()
         return 1
     return 0
+
+
+def _refuse(error: MegatronMerError, rank: int) -> int:
+    """Say what every rank found, on rank 0 alone.
+
+    Launchers end all ranks at the first exit, so the others let rank 0 go first.
+    """
+    if rank == 0:
+        return _report(error, rank)
+    time.sleep(_SECONDS_FOR_RANK_0)
+    return error.exit_code
 
 
 def _report(error: MegatronMerError, rank: int) -> int:

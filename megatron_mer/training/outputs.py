@@ -18,6 +18,8 @@ from megatron_mer.log import get_logger
 
 Status = Literal["running", "done", "stopped", "failed", "requeue"]
 
+logger = get_logger(__name__)
+
 _RECORDED_PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "safetensors", "megatron_mer")
 
 
@@ -74,7 +76,7 @@ class RunDirectory:
         """Replace a file whole: readers see the old one or the new one."""
         target = self.root / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{platform.node()}.{os.getpid()}.tmp")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(target)
 
@@ -112,13 +114,16 @@ class RunDirectory:
         """Append one evaluation's line."""
         _append(self._evaluations, line)
 
+    def sync(self) -> None:
+        """Force metrics and evaluations to disk; a checkpoint must not outlive their lines."""
+        for path in (self._metrics, self._evaluations):
+            if path.exists():
+                with path.open("a", encoding="utf-8") as file:
+                    os.fsync(file.fileno())
+
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far, oldest first."""
         return read_lines(self._evaluations)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """All steps' lines so far, oldest first."""
-        return read_lines(self._metrics)
 
     def cut_to(self, batches: int) -> None:
         """Move lines of batches that a resumed run does again into ``*.lost.jsonl``.
@@ -137,11 +142,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    texts = path.read_text(encoding="utf-8").splitlines()
+    for number, text in enumerate(texts, 1):
         try:
             lines.append(json.loads(text))
         except ValueError:
-            continue
+            if number < len(texts):
+                logger.warning("%s: line %d is no JSON and is left out", path, number)
     return lines
 
 
@@ -155,19 +162,20 @@ def _cut(path: Path, keep: Any) -> None:
         return
     kept: list[str] = []
     lost: list[str] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    content = path.read_text(encoding="utf-8")
+    for text in content.splitlines():
         try:
             (kept if keep(json.loads(text)) else lost).append(text)
         except (ValueError, KeyError, TypeError):
             lost.append(text)
-    if not lost:
+    if not lost and (not content or content.endswith("\n")):
         return
     with path.with_name(f"{path.stem}.lost.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(text + "\n" for text in lost)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
     temporary.replace(path)
-    get_logger(__name__).info("%s: moved %d lines past the checkpoint aside", path.name, len(lost))
+    logger.info("%s: moved %d lines past the checkpoint aside", path.name, len(lost))
 
 
 def describe_environment() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megatron_mer.data.indexed_dataset import IndexedDataset
 from megatron_mer.data.packing import num_samples
 from megatron_mer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mer.errors import ConfigError, DataError, Problem
+from megatron_mer.optim.schedule import check_schedule
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
 
 def _plan(config: RunConfig, training: Mapping[str, IndexedDataset]) -> Plan:
     seq_length = config.model.seq_length
-    return build_plan(
+    plan = build_plan(
         stream=config.stream,
         replay=config.replay,
         seed=config.seed,
@@ -73,6 +74,9 @@ def _plan(config: RunConfig, training: Mapping[str, IndexedDataset]) -> Plan:
             for name, dataset in training.items()
         },
     )
+    schedule = config.schedule
+    check_schedule(schedule, config.optimizer.lr, schedule.total_steps or plan.total_batches)
+    return plan
 
 
 def _open_training(

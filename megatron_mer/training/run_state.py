@@ -13,7 +13,10 @@ FORMAT_VERSION = 1
 
 @dataclass
 class RunState:
-    """Two counters, never DeepSpeed's, and what else a resumed run needs. Equal on all ranks."""
+    """Two counters, never DeepSpeed's, and what else a resumed run needs.
+
+    Equal on all ranks but for ``seconds``.
+    """
 
     batches: int = 0
     """Global batches drawn so far, for good: the data clock."""
@@ -29,14 +32,14 @@ class RunState:
     def to_json(
         self,
         history: list[dict[str, Any]],
-        layout: Mapping[str, int],
+        settings: Mapping[str, Any],
         reptile: dict[str, int] | None,
     ) -> dict[str, Any]:
         """The state as a checkpoint keeps it.
 
         Args:
             history: the plan's history.
-            layout: sizes of the rank grid that wrote the checkpoint.
+            settings: what of the configuration a resumed run is compared with.
             reptile: Reptile's counters, None without Reptile.
         """
         return {
@@ -47,7 +50,7 @@ class RunState:
             "seconds": self.seconds,
             "skipped_in_a_row": self.skipped_in_a_row,
             "history": history,
-            "layout": dict(layout),
+            "settings": dict(settings),
             "reptile": reptile,
         }
 

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from megatron_mer.analysis.pictures import loss_picture
-from megatron_mer.config import RunConfig
 from megatron_mer.continual.forgetting import MatrixRow, summary_dict
-from megatron_mer.continual.stream import Plan
 from megatron_mer.training.outputs import RunDirectory
+from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.run_state import RunState
 
 
-def write_results(
-    outputs: RunDirectory,
-    config: RunConfig,
-    plan: Plan,
-    state: RunState,
-    entropies: Mapping[str, float],
-) -> dict[str, Any]:
-    """Write summary.json, ledger.json and report/losses.png.
+def write_results(outputs: RunDirectory, prepared: Prepared, state: RunState) -> dict[str, Any]:
+    """Write ledger.json, summary.json and report/losses.png.
 
     Args:
         outputs: the run's directory, with its evaluations.
-        config: the run.
-        plan: its plan, with what was skipped.
+        prepared: the run, its plan with what was skipped.
         state: where it stands.
-        entropies: unigram entropy of each held-out set, nats a token.
 
     Returns:
         The summary; empty for a run that evaluates nothing.
     """
+    config, plan = prepared.config, prepared.plan
     ledger = plan.ledger(state.batches)
     outputs.write_json("ledger.json", ledger)
     evaluations = outputs.evaluations()
@@ -54,7 +45,9 @@ def write_results(
             "tokens": state.batches * config.batch.global_batch_size * config.model.seq_length,
             "wall_seconds": round(state.seconds, 1),
             "replay_share": {t["task"]: t["replay_share"] for t in ledger["tasks"]},
-            "unigram_entropy": dict(entropies),
+            "unigram_entropy": {
+                name: held_out.unigram_entropy() for name, held_out in prepared.valid.items()
+            },
         },
     )
     outputs.write_json("summary.json", summary)

@@ -38,7 +38,6 @@ SINGLE = [
     ("--optimizer.clip=-1", "optimizer.clip: given -1", ">= 0"),
     ("--schedule.min_lr=0.01", "schedule.min_lr: 0.01 is above", "0 to 0.001"),
     ("--schedule.warmup_steps=21", "schedule.warmup_steps: 21 steps", "schedule of 20"),
-    ("--schedule.total_steps=19", "schedule.total_steps: 19 steps", ">= 20"),
     ("--schedule={kind: constant, min_lr: 1e-4}", "schedule.min_lr: given 0.0001", "constant"),
     ("--replay.alpha=1.0", "replay.alpha: given 1.0", "no fresh row"),
     ("--replay.alpha=-0.1", "replay.alpha: given -0.1", ">= 0"),

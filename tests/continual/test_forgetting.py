@@ -172,9 +172,23 @@ def test_extras_replace_nothing():
         ([], "first row"),
         (THREE[1:], "first row"),
         ([THREE[0], THREE[0]], "no task"),
-        ([*THREE[:2], MatrixRow(1, "fr", {"en": 1.0})], "1 fr"),
+        ([*THREE[:2], MatrixRow(1, "fr", {"zh": 1.0})], "1 fr"),
     ],
 )
 def test_rows_that_make_no_matrix(bad: list[MatrixRow], words: str):
     with pytest.raises(ValueError, match=words):
         ForgettingMatrix(bad, OWN)
+
+
+def test_a_set_that_came_later_has_what_follows_its_coming():
+    rows = [
+        MatrixRow(None, None, {"en": 8.0}),
+        MatrixRow(0, "en", {"en": 5.0}),
+        MatrixRow(1, "fr", {"en": 5.5, "fr": 4.0}),
+        MatrixRow(2, "en", {"en": 4.5, "fr": 4.25}),
+    ]
+    scores = ForgettingMatrix(rows, {"en": "en", "fr": "fr"}).scores()
+    assert scores["fr"].forgetting == pytest.approx(0.25)
+    assert scores["fr"].forward_transfer is None
+    assert scores["en"].forgetting == pytest.approx(-0.5)
+    json.dumps(summary_dict(rows, {"en": "en", "fr": "fr"}), allow_nan=False)

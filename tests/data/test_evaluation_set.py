@@ -64,20 +64,9 @@ def test_max_batches_takes_the_first(dataset: IndexedDataset) -> None:
     assert EvaluationSet(dataset, SEQ_LENGTH, 4, 99, VOCAB_SIZE).num_tokens == 40
 
 
-def test_masked_documents(dataset: IndexedDataset) -> None:
-    subject = EvaluationSet(dataset, SEQ_LENGTH, 4, None, VOCAB_SIZE, eod_mask_loss=True)
-    _, mask, counts = gather(subject, 2, 2)
-    assert np.flatnonzero(mask.ravel()[:40] == 0).tolist() == [9, 10]
-    assert counts == [16 - 2, 16, 8]
-    assert subject.num_tokens == 38
-
-
-@pytest.mark.parametrize("eod_mask_loss", [False, True])
-def test_unigram_entropy(dataset: IndexedDataset, eod_mask_loss: bool) -> None:
-    subject = EvaluationSet(dataset, SEQ_LENGTH, 4, None, VOCAB_SIZE, eod_mask_loss)
+def test_unigram_entropy(dataset: IndexedDataset) -> None:
+    subject = EvaluationSet(dataset, SEQ_LENGTH, 4, None, VOCAB_SIZE)
     targets = dataset.tokens(1, 41)
-    if eod_mask_loss:
-        targets = np.delete(targets, [9, 10])
     shares = np.unique(targets, return_counts=True)[1] / len(targets)
     assert subject.unigram_entropy() == pytest.approx(-sum(p * np.log(p) for p in shares))
 

@@ -103,6 +103,9 @@ def fp32_start(arguments, world_size):
 
 def averaged_tied(arguments, world_size):
     """Give every stage's copy of the embedding another delta; say what averaging made of them."""
+    from megatron_mer.engine import masters as module
+
+    module.CHUNK = 5000  # pieces begin and end inside of chunks
     engine, _, loader = build(arguments, world_size)
     loader.close()
     masters = engine.masters
@@ -116,5 +119,7 @@ def averaged_tied(arguments, world_size):
     wanted = [places * 1.5 for _, places in tied]
     return {
         "pieces": len(tied),
+        "cuts": [[piece.start, piece.start + piece.numel] for piece, _ in tied],
+        "pipe": engine.coordinate.pipe,
         "right": all(torch.equal(a, b) for a, b in zip(deltas, wanted, strict=True)),
     }

@@ -10,7 +10,8 @@ from megatron_mer.checkpoint import CheckpointReader, Fragment, find_latest
 from megatron_mer.config import load_config
 from megatron_mer.data.loader import TrainLoader
 from megatron_mer.model import Llama
-from megatron_mer.optim import lr_at, parameter_groups
+from megatron_mer.optim.groups import parameter_groups
+from megatron_mer.optim.schedule import lr_at
 from megatron_mer.testing import run_world
 from megatron_mer.training.preflight import prepare
 
@@ -56,6 +57,9 @@ def test_tied_deltas_are_averaged_over_stages_cut_at_other_places(tiny):
     said = run(tiny, "averaged_tied", 4, PP2)
     assert [rank["right"] for rank in said] == [True] * 4
     assert sum(rank["pieces"] for rank in said) >= 2
+    cuts = [sorted(c for rank in said if rank["pipe"] == p for c in rank["cuts"]) for p in (0, 1)]
+    assert cuts[0] != cuts[1], "the stages' pieces must not line up, or this proves little"
+    assert all(pieces[-1][1] == 512 * 32 for pieces in cuts)
 
 
 def reference(config_file, options):

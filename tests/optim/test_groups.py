@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from megatron_mer.optim import parameter_groups
+from megatron_mer.optim.groups import parameter_groups
 
 
 def parameter(*shape):

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_mer.config import ScheduleConfig
 from megatron_mer.errors import ConfigError
-from megatron_mer.optim import check_schedule, lr_at
+from megatron_mer.optim.schedule import check_schedule, lr_at
 
 COSINE = ScheduleConfig(kind="cosine", warmup_steps=4, min_lr=0.2)
 

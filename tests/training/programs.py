@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 
-def train(arguments, kill_after=None, poison=None, record=None):
+def train(
+    arguments, kill_after=None, poison=None, record=None, disk_full_at=None, count_blocks=False
+):
     """Run the training program as its script does.
 
     Args:
@@ -16,6 +18,8 @@ def train(arguments, kill_after=None, poison=None, record=None):
         kill_after: kill this rank with SIGKILL once the line of this batch is written.
         poison: {"batch", "rank"}: make one gradient NaN there.
         record: folder to write every batch's tokens into, one file a rank.
+        count_blocks: return how often a block ran forward.
+        disk_full_at: the last rank finds the disk full when it writes this step's checkpoint.
     """
     from megatron_mer.training import main
 
@@ -26,10 +30,13 @@ def train(arguments, kill_after=None, poison=None, record=None):
         _poison(poison)
     if record is not None:
         _record(Path(record))
+    if disk_full_at is not None:
+        _disk_full(disk_full_at)
+    blocks = _count_blocks() if count_blocks else []
     code = main.main(arguments)
     if code:
         raise SystemExit(code)
-    return code
+    return len(blocks)
 
 
 def _kill_after(batch):
@@ -62,6 +69,35 @@ def _poison(poison):
                 handle.remove()
 
     TrainingEngine.train_step = poisoned
+
+
+def _disk_full(step):
+    import errno
+
+    from megatron_mer.checkpoint import save
+
+    write = save._write_rank
+
+    def full(temporary, fragments, rank, world_size):
+        if f"{step:09d}" in str(temporary) and rank == world_size - 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
+        return write(temporary, fragments, rank, world_size)
+
+    save._write_rank = full
+
+
+def _count_blocks():
+    from megatron_mer.model.llama import Block
+
+    seen = []
+    forward = Block.forward
+
+    def counted(self, x):
+        seen.append(None)
+        return forward(self, x)
+
+    Block.forward = counted
+    return seen
 
 
 def _record(folder):

@@ -1,5 +1,6 @@
 """Bad input: named errors with the numbers, exit code 2, no traceback, all problems at once."""
 
+import json
 import os
 import subprocess
 import sys
@@ -38,12 +39,20 @@ CASES = {
         (),
         ["stream.1.train.0.prefix", "nowhere/fr"],
     ),
-    "heads": ({}, ("--parallel.tp_size=3",), ["num_heads", "4", "3"]),
-    "batch": ({}, ("--batch.micro_batch_size=3",), ["batch.global_batch_size", "8", "3"]),
+    "heads": (
+        {},
+        ("--parallel.tp_size=3",),
+        ["model.num_heads: 4 does not divide into parallel.tp_size 3"],
+    ),
+    "batch": (
+        {},
+        ("--batch.micro_batch_size=3",),
+        ["batch.global_batch_size: 8 rows do not divide into micro_batch_size 3"],
+    ),
     "exhausted": (
         lambda c: c["stream"][0].update(steps=100000, max_epochs=1),
         (),
-        ["en", "800000"],
+        ["dataset 'en' would have given 800000 samples"],
     ),
     "alpha": ({}, ("--replay.alpha=1.0",), ["replay.alpha", "1.0"]),
     "unknown key": (lambda c: c["reptile"].update(epsilom=0.1), (), ["reptile.epsilom", "epsilon"]),
@@ -111,12 +120,95 @@ def test_id_outside_the_vocabulary_without_a_sidecar_ends_the_run_with_its_place
     assert "foreign" in status
 
 
-def test_a_changed_plan_is_refused_on_resume(tiny, project_root):
+REFUSED = {
+    "--replay.alpha=0.5": "replay was alpha 0.3",
+    "--batch.global_batch_size=4": "global_batch_size was 8, is 4",
+    "--seed=8": "seed was 7, is 8",
+    "--model.num_layers=2": "model.num_layers: given 2, but the run began with 4",
+    "--model.rope_base=500": "model.rope_base: given 500",
+    "--precision=bf16": "precision: given bf16, but the run began with fp32",
+    "--reptile=null": "reptile: no reptile section, but the checkpoint was written with",
+    "--reptile.momentum=0.5": "reptile: reptile momentum 0.5",
+    "--reptile.k=1": "reptile.k: given 1, but the checkpoint stands",
+    "--schedule.total_steps=30": "schedule.total_steps: 30, but the run began with",
+}
+
+
+def files_of(run):
+    """Every file of a run with its content, checkpoints aside."""
+    return {
+        path.name: path.read_bytes()
+        for path in run.iterdir()
+        if path.is_file() and path.name != "train.log"
+    }
+
+
+@pytest.mark.dist
+def test_a_resume_that_would_change_what_was_trained_leaves_the_run_as_it_was(tiny):
     config = tiny.write("run")
-    tiny.train(config, "--stream.2.steps=1")
-    before = (tiny.folder / "run" / "metrics.jsonl").read_text()
-    for option, word in (("--replay.alpha=0.5", "alpha"), ("--batch.global_batch_size=4", "batch")):
-        printed = refused(project_root, config, option)
-        assert word in printed
-        assert "--fresh" in printed
-    assert (tiny.folder / "run" / "metrics.jsonl").read_text() == before
+    tiny.train(config, kill_after=10, expect_failure=True)
+    before = files_of(tiny.folder / "run")
+    assert len(tiny.lines("run")) == 11
+    for option, words in REFUSED.items():
+        printed = tiny.train(config, option, expect_failure=True, output=True)
+        assert words in printed, f"{option}: {words!r} is not in:\n{printed}"
+        assert "Traceback" not in printed
+        assert files_of(tiny.folder / "run") == before, option
+    tiny.train(config, "--optimizer.lr=2e-3", "--reptile.epsilon=0.7")
+    log = (tiny.folder / "run" / "train.log").read_text()
+    assert "optimizer.lr was 0.001, is 0.002 from here on" in log
+    assert "reptile.epsilon was 0.5, is 0.7 from here on" in log
+
+
+@pytest.mark.dist
+def test_tasks_are_appended_with_an_explicit_schedule(tiny):
+    def two(config):
+        del config["stream"][2]
+
+    tiny.train(tiny.write("run", two))
+    config = tiny.write("run")
+    printed = tiny.train(config, expect_failure=True, output=True)
+    assert "schedule.total_steps: 14, which trains what follows at that rate" in printed
+    tiny.train(config, "--schedule.total_steps=14")
+    lines = tiny.lines("run")
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert {line["lr"] for line in lines[14:]} == {1.0e-4}
+    summary = json.loads((tiny.folder / "run" / "summary.json").read_text())
+    assert summary["matrix"]["losses"][0][2] is None
+    assert summary["learned"]["sets"]["de"] > 0
+
+
+@pytest.mark.dist
+def test_a_run_that_died_before_its_results_writes_them_at_the_next_start(tiny):
+    config = tiny.write("run")
+    tiny.train(config, kill_after=19, expect_failure=True)
+    run = tiny.folder / "run"
+    assert not (run / "summary.json").exists()
+    tiny.train(config)
+    assert json.loads((run / "status.json").read_text())["status"] == "done"
+    assert json.loads((run / "summary.json").read_text())["steps"] == 20
+    assert (run / "report" / "losses.png").exists()
+
+
+@pytest.mark.dist
+def test_fresh_begins_anew_and_keeps_the_earlier_run(tiny):
+    config = tiny.write("run")
+    tiny.train(config, kill_after=10, expect_failure=True)
+    earlier = tiny.lines("run")
+    tiny.train(config, "--fresh")
+    assert [line["step"] for line in tiny.lines("run")] == list(range(1, 21))
+    (aside,) = tiny.folder.glob("run.before_*")
+    assert len((aside / "metrics.jsonl").read_text().splitlines()) == len(earlier) == 11
+
+
+@pytest.mark.dist
+def test_a_full_disk_fails_the_run_with_its_cause(tiny):
+    config = tiny.write("run")
+    codes = tiny.train(config, world_size=2, disk_full_at=10, expect_failure=True)
+    assert set(codes) == {1}
+    status = json.loads((tiny.folder / "run" / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert "No space left on device" in status["reason"]
+    assert status["step"] == 7
+    tiny.train(config, world_size=2)
+    assert [line["step"] for line in tiny.lines("run")] == list(range(1, 21))

@@ -6,8 +6,6 @@ import pytest
 
 pytestmark = pytest.mark.dist
 
-TIMES = ("step_seconds", "tokens_per_second")
-
 
 def curve(lines):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
@@ -66,6 +64,11 @@ def test_non_finite_gradient_spends_the_batch_and_moves_nothing(tiny, ranks, ran
     assert rates[8] == rates[9], "the schedule counts applied updates"
     ledger = (tiny.folder / "run" / "ledger.json").read_text()
     assert '"skipped": 6' in ledger.replace("\n", " "), "8 rows less 2 replayed ones were skipped"
-    # What an unpoisoned run does before the poisoned batch is the same, and the run resumes.
+    # What an unpoisoned run does before the poisoned batch is the same.
     tiny.train(tiny.write("clean"), *options, world_size=ranks)
     assert curve(lines)[:8] == curve(tiny.lines("clean"))[:8]
+    # The batch is spent, not repeated: killed after it and resumed, the lines are the same again.
+    again = tiny.write("again")
+    tiny.train(again, *options, world_size=ranks, poison=poison, kill_after=11, expect_failure=True)
+    tiny.train(again, *options, world_size=ranks)
+    assert curve(tiny.lines("again")) == curve(lines)
