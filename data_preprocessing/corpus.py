@@ -94,7 +94,7 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise DataError(f"{target} already exists; choose another directory or ask to overwrite it")
+        raise DataError(f"{target} already exists; choose another directory or --overwrite it")
     if not (target / "counts.json").is_file():
         raise DataError(f"{target} holds no counts.json, so it is not overwritten; remove it first")
 

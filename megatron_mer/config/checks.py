@@ -52,7 +52,10 @@ def check_layout(config: RunConfig, world_size: int) -> list[Problem]:
     dp_size, left = divmod(world_size, tp_size * pp_size)
     if left or dp_size < 1:
         given = f"tp_size {tp_size} x pp_size {pp_size} = {tp_size * pp_size} ranks a replica"
-        remedy = "start another number of processes or change tp_size or pp_size"
+        remedy = (
+            f"start a multiple of {tp_size * pp_size} processes, with deepspeed or torchrun on one "
+            "machine, or change tp_size or pp_size"
+        )
         allowed = f"a divisor of the number of ranks, {world_size}"
         found.append(Problem("parallel", given, allowed, remedy))
         # What dp_size would be is open, but the rows have to fit one replica in any case.

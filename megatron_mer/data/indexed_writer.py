@@ -177,9 +177,8 @@ class IndexedDatasetWriter:
         if existing and not self._overwrite:
             names = ", ".join(path.name for path in existing)
             raise DataError(
-                f"{self.prefix}: {names} already there; choose another prefix, remove it, or ask "
-                "to "
-                "overwrite it"
+                f"{self.prefix}: {names} already there; choose another prefix, remove it, or "
+                "--overwrite it"
             )
 
     def _open_exclusively(self) -> BinaryIO:

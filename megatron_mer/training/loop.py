@@ -8,7 +8,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_mer.analysis.tables import matrix_table
 from megatron_mer.checkpoint import save_checkpoint
 from megatron_mer.continual.reptile import Reptile, ReptileUpdate
 from megatron_mer.continual.stream import Entry
@@ -25,7 +24,7 @@ from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.resume import settings
 from megatron_mer.training.run_state import RunState
-from megatron_mer.training.summary import write_results
+from megatron_mer.training.summary import show_results, write_results
 
 # After so many batches in a row without a finite gradient the weights are beyond mending.
 MAX_SKIPPED_IN_A_ROW = 20
@@ -270,9 +269,8 @@ class Trainer:
         """Write summary, ledger and picture; say that the run is done."""
         self.save()
         if self.rank == 0:
-            summary = write_results(self.outputs, self._prepared, self.state)
-            for line in matrix_table(summary).splitlines():
-                logger.info("%s", line)
+            write_results(self.outputs, self._prepared, self.state)
+            show_results(self.outputs)
         dist.barrier()
         if self.rank == 0:
             self.outputs.write_status("done", self.state.updates)

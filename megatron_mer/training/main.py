@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -60,11 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MegatronMerError as error:
         return _report(error, rank=0)
     environment.export(os.environ)
+    # A launcher that is interrupted ends its ranks with SIGTERM: the run says that it was stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     setup_logging(environment.rank)
     try:
         prepared = prepare(load_config(own.config, overrides), environment.world_size)
     except MegatronMerError as error:
-        return _refuse(error, environment.rank)
+        return _refuse(error, environment)
     return _train(prepared, environment, own.fresh)
 
 
@@ -77,7 +80,7 @@ def _train(prepared: Prepared, environment: RankEnvironment, fresh: bool) -> int
     except KeyboardInterrupt:
         return 3
     except ConfigError as error:
-        return _refuse(error, environment.rank)
+        return _refuse(error, environment)
     except MegatronMerError as error:
         return _report(error, environment.rank)
     except Exception:  # noqa: BLE001
@@ -87,14 +90,16 @@ def _train(prepared: Prepared, environment: RankEnvironment, fresh: bool) -> int
     return 0
 
 
-def _refuse(error: MegatronMerError, rank: int) -> int:
-    """Say what every rank found, on rank 0 alone.
+def _refuse(error: MegatronMerError, environment: RankEnvironment) -> int:
+    """Say what is refused: once, if every rank found the same.
 
-    Launchers end all ranks at the first exit, so the others let rank 0 go first.
+    Launchers end all ranks at the first exit, so the others let rank 0 go first. What is left after
+    that found something that rank 0 did not (data that one node lacks): one rank a node says it.
     """
-    if rank == 0:
-        return _report(error, rank)
-    time.sleep(_SECONDS_FOR_RANK_0)
+    if environment.rank > 0:
+        time.sleep(_SECONDS_FOR_RANK_0)
+    if environment.local_rank == 0:
+        return _report(error, environment.rank)
     return error.exit_code
 
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_mer.errors import TrainingError
+from megatron_mer.errors import ConfigError
 from megatron_mer.log import get_logger
 
 Status = Literal["running", "done", "stopped", "failed", "requeue"]
@@ -44,13 +44,13 @@ class RunDirectory:
         """Make the directory.
 
         Raises:
-            TrainingError: it cannot be made or written.
+            ConfigError: it cannot be made or written.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
-            raise TrainingError(
+            raise ConfigError(
                 f"output_dir: given {self.root}, which cannot be written ({error.strerror}); "
                 "choose another with --output_dir PATH"
             ) from error
@@ -102,9 +102,21 @@ class RunDirectory:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def write_environment(self) -> None:
-        """Record code version, packages, machine and command line of this start."""
-        self.write_json("environment.json", describe_environment())
+    def write_environment(self, world_size: int, device: str) -> None:
+        """Record code version, packages, machine and command line of this and earlier starts.
+
+        Args:
+            world_size: number of ranks.
+            device: what rank 0 computes on.
+        """
+        name = "environment.json"
+        try:
+            last = json.loads((self.root / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            last = None
+        earlier = [*last.pop("earlier_starts", []), last] if last else []
+        now = {**describe_environment(), "world_size": world_size, "device": device}
+        self.write_json(name, {**now, "earlier_starts": earlier})
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one step's line."""

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_mer.analysis.tables import matrix_table
 from megatron_mer.checkpoint import CheckpointInfo, CheckpointReader, find_latest
 from megatron_mer.config import to_yaml
 from megatron_mer.continual.reptile import Reptile
-from megatron_mer.engine.distributed import start_distributed
+from megatron_mer.engine.distributed import device, start_distributed
 from megatron_mer.engine.training_engine import TrainingEngine
 from megatron_mer.errors import CheckpointError, MegatronMerError
 from megatron_mer.log import get_logger, setup_logging
@@ -22,7 +21,7 @@ from megatron_mer.training.outputs import RunDirectory, Status
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.resume import changes, resumed_state
 from megatron_mer.training.run_state import RunState
-from megatron_mer.training.summary import read_summary, write_results
+from megatron_mer.training.summary import show_results, write_results
 
 logger = get_logger(__name__)
 
@@ -142,16 +141,20 @@ def _train(
             reptile.restore_counters(info.run_state["reptile"])
     dist.barrier()
     if rank == 0:
-        _record_start(prepared, outputs, info, state)
+        _record_start(prepared, outputs, info, state, world_size)
     Trainer(prepared, engine, reptile, state, outputs, rank, world_size).run()
 
 
 def _record_start(
-    prepared: Prepared, outputs: RunDirectory, info: CheckpointInfo | None, state: RunState
+    prepared: Prepared,
+    outputs: RunDirectory,
+    info: CheckpointInfo | None,
+    state: RunState,
+    world_size: int,
 ) -> None:
     outputs.cut_to(state.batches)
     outputs.write_text("config.yaml", to_yaml(prepared.config))
-    outputs.write_environment()
+    outputs.write_environment(world_size, str(device()))
     outputs.write_json("plan.json", prepared.plan.history())
     config, plan = prepared.config, prepared.plan
     logger.info(
@@ -183,11 +186,5 @@ def _end(prepared: Prepared, outputs: RunDirectory, state: RunState, rank: int) 
         outputs.cut_to(state.batches)
         write_results(outputs, prepared, state)
         outputs.write_status("done", state.updates)
-    logger.info(
-        "the run is done: %d batches, results in %s; --fresh begins anew",
-        state.batches,
-        outputs.root,
-    )
-    summary = read_summary(outputs)
-    for line in matrix_table(summary).splitlines():
-        logger.info("%s", line)
+    logger.info("the run is done: %d batches; --fresh begins anew", state.batches)
+    show_results(outputs)

@@ -6,10 +6,14 @@ import json
 from typing import Any
 
 from megatron_mer.analysis.pictures import loss_picture
+from megatron_mer.analysis.tables import matrix_table
 from megatron_mer.continual.forgetting import MatrixRow, summary_dict
+from megatron_mer.log import get_logger
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.run_state import RunState
+
+logger = get_logger(__name__)
 
 
 def write_results(outputs: RunDirectory, prepared: Prepared, state: RunState) -> dict[str, Any]:
@@ -21,45 +25,55 @@ def write_results(outputs: RunDirectory, prepared: Prepared, state: RunState) ->
         state: where it stands.
 
     Returns:
-        The summary; empty for a run that evaluates nothing.
+        The summary; without losses for a run that evaluates nothing.
     """
     config, plan = prepared.config, prepared.plan
     ledger = plan.ledger(state.batches)
     outputs.write_json("ledger.json", ledger)
     evaluations = outputs.evaluations()
-    if not evaluations:
-        return {}
-    set_tasks = {name: task.task for task in config.stream for name in task.valid_sets}
-    summary = summary_dict(
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "steps": state.updates,
+        "batches": state.batches,
+        "tokens": state.batches * config.batch.global_batch_size * config.model.seq_length,
+        "wall_seconds": round(state.seconds, 1),
+        # By entry, since a task may come again: labels as in the matrix.
+        "replay_share": {f"{t['entry']} {t['task']}": t["replay_share"] for t in ledger["tasks"]},
+    }
+    if evaluations:
+        summary = _with_losses(prepared, evaluations, summary)
+    outputs.write_json("summary.json", summary)
+    if evaluations:
+        outputs.report.mkdir(exist_ok=True)
+        loss_picture(
+            evaluations,
+            boundaries=_boundaries(evaluations),
+            path=outputs.report / "losses.png",
+            set_tasks=summary["set_tasks"],
+            title=f"{config.name}: held-out loss of every task over the run",
+        )
+    return summary
+
+
+def _with_losses(
+    prepared: Prepared, evaluations: list[dict[str, Any]], extras: dict[str, Any]
+) -> dict[str, Any]:
+    stream = prepared.config.stream
+    return summary_dict(
         [
             MatrixRow(line["entry"], line["task"], line["losses"])
             for line in evaluations
             if line["moment"] != "interval"
         ],
-        set_tasks,
-        {task.task for task in config.stream if task.trained_before},
+        {name: task.task for task in stream for name in task.valid_sets},
+        {task.task for task in stream if task.trained_before},
         extras={
-            "name": config.name,
-            "steps": state.updates,
-            "batches": state.batches,
-            "tokens": state.batches * config.batch.global_batch_size * config.model.seq_length,
-            "wall_seconds": round(state.seconds, 1),
-            "replay_share": {t["task"]: t["replay_share"] for t in ledger["tasks"]},
+            **extras,
             "unigram_entropy": {
                 name: held_out.unigram_entropy() for name, held_out in prepared.valid.items()
             },
         },
     )
-    outputs.write_json("summary.json", summary)
-    outputs.report.mkdir(exist_ok=True)
-    loss_picture(
-        evaluations,
-        boundaries=_boundaries(evaluations),
-        path=outputs.report / "losses.png",
-        set_tasks=set_tasks,
-        title=f"{config.name}: held-out loss of every task over the run",
-    )
-    return summary
 
 
 def _boundaries(evaluations: list[dict[str, Any]]) -> list[tuple[int, str]]:
@@ -72,3 +86,9 @@ def read_summary(outputs: RunDirectory) -> dict[str, Any]:
     path = outputs.root / "summary.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return content if isinstance(content, dict) else {}
+
+
+def show_results(outputs: RunDirectory) -> None:
+    """Log where the results are, and the tables, in one record: no prefix breaks their lines."""
+    table = matrix_table(read_summary(outputs))
+    logger.info("results in %s%s", outputs.root, f"\n\n{table}\n" if table else "")

@@ -49,8 +49,9 @@ def test_recomputing_activations_changes_no_bit(tiny):
     again = (*options, "--parallel.activation_checkpointing=full")
     said = tiny.train(tiny.write("recomputed"), *again, world_size=2, count_blocks=True)
     plain = tiny.train(tiny.write("counted"), *options, world_size=2, count_blocks=True)
-    # Each training step runs its blocks a second time; the evaluations do not.
-    assert [n > 1.5 * m for n, m in zip(said, plain, strict=True)] == [True, True]
+    # A training step runs each block a second time, an evaluation does not: 20 steps of 8 micro
+    # batches, 4 blocks in all.
+    assert sum(said) - sum(plain) == 20 * 8 * 4
     assert without_times(tiny.lines("recomputed")) == without_times(tiny.lines("kept"))
 
 
