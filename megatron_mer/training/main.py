@@ -61,8 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MegatronMerError as error:
         return _report(error, rank=0)
     environment.export(os.environ)
-    # A launcher that is interrupted ends its ranks with SIGTERM: the run says that it was stopped.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     setup_logging(environment.rank)
     try:
         prepared = prepare(load_config(own.config, overrides), environment.world_size)
@@ -75,6 +73,8 @@ def _train(prepared: Prepared, environment: RankEnvironment, fresh: bool) -> int
     # torch and DeepSpeed take seconds to import, so a refused configuration does not wait for them.
     from megatron_mer.training.start import run
 
+    # A launcher that is interrupted ends its ranks with SIGTERM: the run says that it was stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(prepared, environment.rank, environment.world_size, fresh)
     except KeyboardInterrupt:
@@ -96,6 +96,7 @@ def _refuse(error: MegatronMerError, environment: RankEnvironment) -> int:
     Launchers end all ranks at the first exit, so the others let rank 0 go first. What is left after
     that found something that rank 0 did not (data that one node lacks): one rank a node says it.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if environment.rank > 0:
         time.sleep(_SECONDS_FOR_RANK_0)
     if environment.local_rank == 0:
