@@ -30,6 +30,8 @@ logger = get_logger(__name__)
 
 Range = tuple[int, int]
 
+_SHOWN_PROBLEMS = 8
+
 
 @dataclass(frozen=True)
 class CheckpointInfo:
@@ -202,7 +204,7 @@ class CheckpointReader:
         """Fill many fragments; what is wrong with any of them is told at once.
 
         Raises:
-            CheckpointError: as `fill`, one line a fragment.
+            CheckpointError: as `fill`, one line a fragment, the first few of them.
         """
         problems = []
         for fragment in fragments:
@@ -211,7 +213,9 @@ class CheckpointReader:
             except CheckpointError as error:
                 problems.append(str(error))
         if problems:
-            raise CheckpointError("\n".join(problems))
+            more = len(problems) - _SHOWN_PROBLEMS
+            shown = problems[:_SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+            raise CheckpointError("\n".join(shown))
 
     def _pieces(self, key: str) -> Iterator[_Stored]:
         """Every stored piece with this key, the preferred rank's first."""

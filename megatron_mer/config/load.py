@@ -157,6 +157,12 @@ def _apply_overrides(document: Document, overrides: Sequence[str]) -> None:
 
 def _apply_override(document: Document, option: str, text: str) -> None:
     path = option[2:]
+    if not text.strip():
+        allowed = f"{option} VALUE, or {option} null to leave it out"
+        document.problems.append(
+            Problem(path, "given an empty value", allowed, where=_COMMAND_LINE)
+        )
+        return
     try:
         value = read_yaml(text, option)
     except ConfigError as error:

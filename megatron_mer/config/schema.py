@@ -29,7 +29,12 @@ class Note:
 
 def _whole(value: Any) -> Any:
     """Takes 1e9 for the whole number it is; leaves anything else as it was given."""
-    if isinstance(value, Decimal) and abs(value) <= LARGEST and value == value.to_integral_value():
+    if (
+        isinstance(value, Decimal)
+        and value.is_finite()
+        and abs(value) <= LARGEST
+        and value == value.to_integral_value()
+    ):
         return int(value)
     return value
 
@@ -123,7 +128,8 @@ class BatchConfig:
     micro_batch_size: Count
     """Rows that a rank computes at once; changes memory and speed, never the result's meaning."""
     eod_mask_loss: Flag = False
-    """Leave the first token of each document out of the loss: nothing before it foretells it."""
+    """Leave the first token of each document out of the training loss: nothing foretells it.
+    Held-out losses count every token."""
 
 
 @dataclass(frozen=True, kw_only=True)

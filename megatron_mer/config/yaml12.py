@@ -178,8 +178,14 @@ def _make_int(text: str) -> int:
 
 
 def _make_float(text: str) -> Decimal:
-    return Decimal(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
+    number = Decimal(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
+    # Exact arithmetic on an exponent of millions would not end; a float has none above 308.
+    if number.is_finite() and abs(number.adjusted()) > _LARGEST_EXPONENT:
+        return Decimal("nan")
+    return number
 
+
+_LARGEST_EXPONENT: Final = 400
 
 _MAKERS: Final[Mapping[str, Any]] = {
     "null": _make_null,

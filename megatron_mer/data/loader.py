@@ -181,6 +181,13 @@ class TrainLoader:
         place = rank_rows(len(kind), *self._dp, self._micro_batch_size)
         mine = slice(place.start, place.stop)
         tokens, mask = self._read_rows(dataset[mine], sample[mine])
+        num_unmasked = self._count_unmasked(dataset, sample)
+        if num_unmasked == 0:
+            raise DataError(
+                f"no target of batch {batch} counts: batch.eod_mask_loss leaves the first token of "
+                f"each document out, and its {len(kind)} rows hold nothing but first tokens; leave "
+                "the option out or use longer documents"
+            )
         replayed = kind == REPLAY
         return RankBatch(
             batch=batch,
@@ -188,7 +195,7 @@ class TrainLoader:
             micro_batches=cut_micro_batches(tokens, mask, replayed[mine], self._micro_batch_size),
             num_rows=len(kind),
             num_replay_rows=int(np.count_nonzero(replayed)),
-            num_unmasked=self._count_unmasked(dataset, sample),
+            num_unmasked=num_unmasked,
         )
 
     def _read_rows(

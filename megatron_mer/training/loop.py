@@ -232,7 +232,7 @@ class Trainer:
                 "entry": entry.index if entry else None,
                 "task": entry.task if entry else None,
                 "updates_since_reptile": self.reptile.updates_since if self.reptile else None,
-                "losses": losses,
+                "losses": {name: _finite(loss) for name, loss in losses.items()},
             }
         )
         shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())

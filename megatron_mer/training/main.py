@@ -55,7 +55,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code (0 done, 2 bad configuration, 1 failed)."""
     own, overrides = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    setup_logging(int(os.environ.get("RANK", "0") or 0))
+    setup_logging(rank=0)
     try:
         environment = rank_environment(os.environ)
     except MegatronMerError as error:

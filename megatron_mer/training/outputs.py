@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -20,6 +21,9 @@ Status = Literal["running", "done", "stopped", "failed", "requeue"]
 
 logger = get_logger(__name__)
 
+_LONGEST_REASON = 2000
+_LOCK = ".lock"
+
 _RECORDED_PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "safetensors", "megatron_mer")
 
 
@@ -33,7 +37,7 @@ class RunDirectory:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        self.root = Path(os.path.abspath(root)) if Path(root).name in ("", "..") else Path(root)
         self.checkpoints = self.root / "checkpoints"
         self.report = self.root / "report"
         self.log_file = self.root / "train.log"
@@ -60,17 +64,56 @@ class RunDirectory:
 
         Returns:
             Where it lies now; None when there was none.
+
+        Raises:
+            ConfigError: the directory holds no run, or cannot be renamed.
         """
-        if not self.root.exists():
+        if not self.root.exists() or not any(self.root.iterdir()):
             return None
+        if not any((self.root / name).exists() for name in ("status.json", _LOCK)):
+            raise ConfigError(
+                f"output_dir: given {self.root}, which holds files but no run that --fresh could "
+                "set aside (no status.json); choose another directory"
+            )
+        self.lock()
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         aside = self.root.with_name(f"{self.root.name}.before_{stamp}")
         serial = 1
         while aside.exists():
             serial += 1
             aside = self.root.with_name(f"{self.root.name}.before_{stamp}_{serial}")
-        self.root.rename(aside)
+        try:
+            self.root.rename(aside)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir: given {self.root}, which --fresh cannot rename to {aside.name} "
+                f"({error.strerror}); choose another directory with --output_dir PATH"
+            ) from error
         return aside
+
+    def lock(self) -> None:
+        """Keep the directory for this process until it ends.
+
+        Raises:
+            ConfigError: another live run has it.
+        """
+        # The descriptor stays open as long as the process: the system then drops the lock.
+        self._lock = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(self._lock, 200).decode(errors="replace").strip() or "another process"
+            raise ConfigError(
+                f"output_dir: given {self.root}, where a run is alive ({owner}); wait for it, stop "
+                "it, or choose another directory with --output_dir PATH"
+            ) from error
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): a second run there goes unseen", self.root, error
+            )
+            return
+        os.truncate(self._lock, 0)
+        os.write(self._lock, f"host {platform.node()}, process {os.getpid()}\n".encode())
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file whole: readers see the old one or the new one."""
@@ -92,7 +135,17 @@ class RunDirectory:
             step: the step of the newest checkpoint, which a new start resumes from.
             reason: why, for a run that ended early.
         """
-        self.write_json("status.json", {"status": status, "step": step, "reason": reason})
+        self.write_json(
+            "status.json",
+            {
+                "status": status,
+                "step": step,
+                "reason": reason[:_LONGEST_REASON],
+                "host": platform.node(),
+                "pid": os.getpid(),
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            },
+        )
 
     def read_status(self) -> dict[str, Any]:
         """The last status, an empty dict when there is none (or a torn one)."""

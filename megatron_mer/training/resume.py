@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 _REMEDY = "undo the change, or begin anew with --fresh"
 
 # Sections whose changes a resumed run takes up, each with one line in the log.
-_FREE = ("optimizer", "schedule", "reptile")
+_FREE = ("optimizer", "schedule", "reptile", "evaluate")
 
 
 def settings(prepared: Prepared) -> dict[str, Any]:
@@ -29,6 +29,12 @@ def settings(prepared: Prepared) -> dict[str, Any]:
         "precision": config.precision,
         "tokenizer": prepared.tokenizer.fingerprint,
         "tp_size": config.parallel.tp_size,
+        "eod_mask_loss": config.batch.eod_mask_loss,
+        "content": {
+            name: dataset.sidecar.bin_sha256 if dataset.sidecar else None
+            for name, dataset in prepared.datasets.items()
+        },
+        "evaluate": asdict(config.evaluate) if config.evaluate else None,
         "optimizer": _json(asdict(config.optimizer)),
         "schedule": _json(asdict(config.schedule)),
         "reptile": _json(asdict(config.reptile)) if config.reptile else None,
@@ -77,7 +83,7 @@ def changes(prepared: Prepared, saved: Mapping[str, Any]) -> list[str]:
 
 
 def _fixed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """What belongs to the weights: the model, its tokenizer, its precision, its tensor slices."""
+    """What belongs to the weights: model, tokenizer, precision, loss, data, tensor slices."""
     for key, value in now["model"].items():
         if key != "size" and was["model"].get(key) != value:
             given = f"given {value}, but the run began with {was['model'].get(key)}"
@@ -91,6 +97,16 @@ def _fixed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
             f"{was['tokenizer'][:16]}..."
         )
         yield Problem("tokenizer", given, remedy=_REMEDY)
+    if was["eod_mask_loss"] != now["eod_mask_loss"]:
+        given = f"given {now['eod_mask_loss']}, but the run began with {was['eod_mask_loss']}"
+        yield Problem("batch.eod_mask_loss", given, remedy=_REMEDY)
+    for name, checksum in now["content"].items():
+        if name in was["content"] and was["content"][name] != checksum:
+            given = (
+                f"dataset {name!r} has the SHA-256 {str(checksum)[:16]}..., the run began with "
+                f"{str(was['content'][name])[:16]}...: its content changed"
+            )
+            yield Problem("stream", given, remedy="bring the old one back, or give it another name")
     if was["tp_size"] != now["tp_size"]:
         given = f"given {now['tp_size']}, but the checkpoint is cut for {was['tp_size']}"
         remedy = "resume with the same; pp_size and the number of data-parallel ranks may change"

@@ -81,6 +81,7 @@ def _prepare_directory(outputs: RunDirectory, rank: int, fresh: bool) -> None:
         try:
             aside = outputs.set_aside() if fresh else None
             outputs.make()
+            outputs.lock()
             if aside:
                 logger.info("--fresh: the earlier run lies in %s", aside)
         except MegatronMerError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from megatron_mer.analysis.pictures import loss_picture
@@ -30,11 +31,15 @@ def write_results(outputs: RunDirectory, prepared: Prepared, state: RunState) ->
     config, plan = prepared.config, prepared.plan
     ledger = plan.ledger(state.batches)
     outputs.write_json("ledger.json", ledger)
-    evaluations = outputs.evaluations()
+    evaluations = [_with_numbers(line) for line in outputs.evaluations()]
+    skipped = len(plan.skipped)
+    if skipped:
+        logger.warning("%d of %d batches were skipped: not finite", skipped, state.batches)
     summary: dict[str, Any] = {
         "name": config.name,
         "steps": state.updates,
         "batches": state.batches,
+        "skipped_batches": skipped,
         "tokens": state.batches * config.batch.global_batch_size * config.model.seq_length,
         "wall_seconds": round(state.seconds, 1),
         # By entry, since a task may come again: labels as in the matrix.
@@ -53,6 +58,12 @@ def write_results(outputs: RunDirectory, prepared: Prepared, state: RunState) ->
             title=f"{config.name}: held-out loss of every task over the run",
         )
     return summary
+
+
+def _with_numbers(line: dict[str, Any]) -> dict[str, Any]:
+    """A loss that was not finite stands as null in the file, since JSON has no NaN."""
+    losses = {name: math.nan if v is None else v for name, v in line["losses"].items()}
+    return {**line, "losses": losses}
 
 
 def _with_losses(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 
 from megatron_mer.data.indexed_writer import IndexedDatasetWriter
 from megatron_mer.data.sidecar import Provenance
+from megatron_mer.training.outputs import RunDirectory
 
 
 def refused(project_root, config, *options):
@@ -124,6 +127,10 @@ REFUSED = {
     "--replay.alpha=0.5": "replay was alpha 0.3",
     "--batch.global_batch_size=4": "global_batch_size was 8, is 4",
     "--seed=8": "seed was 7, is 8",
+    "--batch.eod_mask_loss=false": "batch.eod_mask_loss: given False",
+    "--reptile=": "reptile: given an empty value",
+    "--seed=1e999999999": "seed: given",
+    "--replay.alpha=1e-999999999": "replay.alpha: given",
     "--model.num_layers=2": "model.num_layers: given 2, but the run began with 4",
     "--model.rope_base=500": "model.rope_base: given 500",
     "--precision=bf16": "precision: given bf16, but the run began with fp32",
@@ -139,7 +146,7 @@ def files_of(run):
     return {
         path.name: path.read_bytes()
         for path in run.iterdir()
-        if path.is_file() and path.name != "train.log"
+        if path.is_file() and path.name not in ("train.log", ".lock")
     }
 
 
@@ -212,3 +219,52 @@ def test_a_full_disk_fails_the_run_with_its_cause(tiny):
     assert status["step"] == 7
     tiny.train(config, world_size=2)
     assert [line["step"] for line in tiny.lines("run")] == list(range(1, 21))
+
+
+@pytest.mark.dist
+def test_a_dataset_whose_content_changed_is_refused_on_resume(tiny, corpus):
+    def copied(config):
+        config["stream"][0]["train"] = [{"prefix": str(tiny.folder / "en")}]
+
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{corpus / 'en'}{suffix}", tiny.folder / f"en{suffix}")
+    config = tiny.write("run", copied)
+    tiny.train(config, kill_after=10, expect_failure=True)
+    sidecar = json.loads((tiny.folder / "en.json").read_text())
+    sidecar["bin_sha256"] = "0" * 64
+    (tiny.folder / "en.json").write_text(json.dumps(sidecar))
+    printed = tiny.train(config, expect_failure=True, output=True)
+    assert "dataset 'en' has the SHA-256 0000000000000000" in printed
+
+
+@pytest.mark.dist
+def test_a_second_run_in_the_same_directory_is_refused(tiny, project_root):
+    config = tiny.write("run")
+    outputs = RunDirectory(tiny.folder / "run")
+    outputs.make()
+    outputs.lock()
+    for options in ((), ("--fresh",)):
+        printed = refused(project_root, config, *options)
+        assert f"where a run is alive (host {platform.node()}, process {os.getpid()})" in printed
+    assert not list(tiny.folder.glob("run.before_*"))
+
+
+@pytest.mark.dist
+def test_fresh_sets_no_foreign_directory_aside(tiny, project_root):
+    (tiny.folder / "run").mkdir()
+    (tiny.folder / "run" / "thesis.tex").write_text("years of work")
+    printed = refused(project_root, tiny.write("run"), "--fresh")
+    assert "holds files but no run" in printed
+    assert [path.name for path in (tiny.folder / "run").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.dist
+def test_a_batch_without_a_target_is_named(tiny):
+    writer = IndexedDatasetWriter(tiny.folder / "ones", np.uint16)
+    for _ in range(4000):
+        writer.add_document(np.array([5]))
+    writer.finalize()
+    prefix = str(tiny.folder / "ones")
+    config = tiny.write("bad", lambda c: c["stream"][0]["train"][0].update(prefix=prefix))
+    printed = tiny.train(config, expect_failure=True, output=True)
+    assert "no target of batch 0 counts: batch.eod_mask_loss" in printed
