@@ -19,34 +19,14 @@ from torch import Tensor, nn
 from megatron_mer.config import ModelConfig, RunConfig
 from megatron_mer.engine.distributed import DEFAULT_TIMEOUT, device, silence_engine_prints
 from megatron_mer.engine.masters import TiedGroup
+from megatron_mer.engine.tensor_plan import LLAMA_PLAN
 from megatron_mer.model import build_layers, initialise_layer, layer_costs
 from megatron_mer.parallel import (
     Layout,
-    ParallelKind,
     TensorParallelGroup,
     apply_plan,
     split_stages,
 )
-
-# What each module becomes under tensor parallelism, by its path inside its layer; the first key is
-# the layer's name up to its first dot. "region": its input enters the tensor-parallel region once,
-# so that q, k and v share one all-reduce of the gradient.
-LLAMA_PLAN: Mapping[str, Mapping[str, ParallelKind]] = {
-    "embedding": {"": "vocab"},
-    "layers": {
-        "attention": "region",
-        "attention.q_proj": "column",
-        "attention.k_proj": "column",
-        "attention.v_proj": "column",
-        "attention.o_proj": "row",
-        "mlp": "region",
-        "mlp.gate_proj": "column",
-        "mlp.up_proj": "column",
-        "mlp.down_proj": "row",
-    },
-    "final_norm": {},
-    "head": {"": "column_region"},
-}
 
 
 def build_layer(

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mer.config import ModelConfig
+from megatron_mer.engine.tensor_plan import LLAMA_PLAN
 from megatron_mer.model import Llama, build_layers, initialise_layer
 from megatron_mer.parallel import (
     TensorParallelGroup,
@@ -16,23 +17,6 @@ from megatron_mer.parallel import (
 )
 from megatron_mer.testing import run_world
 
-BLOCK_PLAN = {
-    "attention": "region",
-    "attention.q_proj": "column",
-    "attention.k_proj": "column",
-    "attention.v_proj": "column",
-    "attention.o_proj": "row",
-    "mlp": "region",
-    "mlp.gate_proj": "column",
-    "mlp.up_proj": "column",
-    "mlp.down_proj": "row",
-}
-PLANS = {
-    "embedding": {"": "vocab"},
-    "layers": BLOCK_PLAN,
-    "final_norm": {},
-    "head": {"": "column_region"},
-}
 SEED = 4
 
 
@@ -70,7 +54,7 @@ def check_model(group, tied):
     layers = {}
     for name, factory in named:
         with torch.device("meta"):
-            layer = apply_plan(factory(), PLANS[name.split(".")[0]], group)
+            layer = apply_plan(factory(), LLAMA_PLAN[name.split(".")[0]], group)
         initialise_layer(layer, name, config, SEED, group)
         layers[name] = layer
     ids = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(1))
