@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from megatron_mer.parallel import ParallelKind
 
-# By the layer's name up to its first dot, then by the module's path inside the layer. "region": its input enters the tensor-parallel region once,
-# so that q, k and v share one all-reduce of the gradient.
+# By the layer's name up to its first dot, then by the module's path inside the layer. "region": its
+# input enters the tensor-parallel region once, so that q, k and v share one all-reduce of the
+# gradient.
 LLAMA_PLAN: Mapping[str, Mapping[str, ParallelKind]] = {
     "embedding": {"": "vocab"},
     "layers": {
