@@ -14,7 +14,7 @@ CASES = {
     "bf16_tp2": (2, ("--precision=bf16", "--parallel.tp_size=2")),
     "fp32_tp2": (2, ("--precision=fp32", "--parallel.tp_size=2")),
 }
-LONG = {"fp32_pp2_dp2", "fp32_tp2"}
+LONG = {"fp32_tp2"}
 
 
 def without_times(lines):
