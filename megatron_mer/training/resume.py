@@ -77,8 +77,8 @@ def changes(prepared: Prepared, saved: Mapping[str, Any]) -> list[str]:
     return [
         f"{section}.{key} was {(was[section] or {}).get(key)}, is {value} from here on"
         for section in _FREE
-        for key, value in (now[section] or {}).items()
-        if (was[section] or {}).get(key) != value
+        for key in {**(was[section] or {}), **(now[section] or {})}
+        if (was[section] or {}).get(key) != (value := (now[section] or {}).get(key))
     ]
 
 
