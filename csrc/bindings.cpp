@@ -31,31 +31,56 @@ Array<T> to_array(const std::vector<T>& values) {
     return Array<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-mer::EntrySpec make_spec(const Array<i64>& datasets, const Array<double>& weights, i64 batches,
-                         i64 fresh_rows, bool trained_before) {
-    return {to_vector(datasets, "datasets"), to_vector(weights, "weights"), batches, fresh_rows,
+mer::SpanSpec make_spec(i64 position, i64 task, const Array<i64>& datasets,
+                        const Array<double>& weights, i64 batches, i64 fresh_rows,
+                        bool trained_before) {
+    return {position,
+            task,
+            to_vector(datasets, "datasets"),
+            to_vector(weights, "weights"),
+            batches,
+            fresh_rows,
             trained_before};
 }
 
-std::unique_ptr<mer::Plan> make_plan(u64 seed, i64 global_batch_size, i64 alpha_numerator,
-                                     i64 alpha_denominator, bool include_current_task,
-                                     const Array<u64>& dataset_keys,
-                                     const Array<i64>& dataset_sizes,
-                                     const std::vector<mer::EntrySpec>& entries) {
+std::unique_ptr<mer::Plan> make_plan(u64 seed, const Array<u64>& dataset_keys,
+                                     const Array<i64>& dataset_sizes) {
     std::vector<u64> keys = to_vector(dataset_keys, "dataset_keys");
     std::vector<i64> sizes = to_vector(dataset_sizes, "dataset_sizes");
     const py::gil_scoped_release unlocked;
-    return std::make_unique<mer::Plan>(
-        seed, global_batch_size, mer::Fraction{alpha_numerator, alpha_denominator},
-        include_current_task, std::move(keys), std::move(sizes), entries);
+    return std::make_unique<mer::Plan>(seed, std::move(keys), std::move(sizes));
+}
+
+void append(mer::Plan& plan, i64 first_batch, i64 global_batch_size, i64 alpha_numerator,
+            i64 alpha_denominator, bool include_current_task, const Array<double>& task_weights,
+            const std::vector<mer::SpanSpec>& spans) {
+    mer::ReplaySpec replay{mer::Fraction{alpha_numerator, alpha_denominator}, include_current_task,
+                           to_vector(task_weights, "task_weights")};
+    const py::gil_scoped_release unlocked;
+    plan.append(first_batch, global_batch_size, std::move(replay), spans);
+}
+
+// A row a span: position, task, segment, first batch, last batch, trained before.
+Array<i64> spans(const mer::Plan& plan) {
+    const std::vector<mer::Span> all = plan.spans();
+    Array<i64> table({static_cast<py::ssize_t>(all.size()), static_cast<py::ssize_t>(6)});
+    i64* out = table.mutable_data();
+    for (const mer::Span& span : all) {
+        for (const i64 value : {span.spec.position, span.spec.task, span.segment, span.first_batch,
+                                span.last_batch(), static_cast<i64>(span.spec.trained_before)}) {
+            *out++ = value;
+        }
+    }
+    return table;
 }
 
 py::tuple rows(const mer::Plan& plan, i64 batch, i64 start, std::optional<i64> stop) {
-    const i64 end = stop.value_or(plan.global_batch_size());
+    const i64 all = plan.global_batch_size(batch);
+    const i64 end = stop.value_or(all);
     const py::ssize_t size = std::max<i64>(end - start, 0);  // wrong ranges are refused below
-    if (size > plan.global_batch_size()) {
-        throw std::invalid_argument("a batch has " + std::to_string(plan.global_batch_size()) +
-                                    " rows, not " + std::to_string(size));
+    if (size > all) {
+        throw std::invalid_argument("a batch has " + std::to_string(all) + " rows, not " +
+                                    std::to_string(size));
     }
     Array<std::uint8_t> kind(size);
     Array<std::int32_t> entry(size), dataset(size);
@@ -69,15 +94,22 @@ py::tuple rows(const mer::Plan& plan, i64 batch, i64 start, std::optional<i64> s
     return py::make_tuple(kind, entry, dataset, sample, ordinal);
 }
 
+template <class T>
+py::list to_arrays(const std::vector<std::vector<T>>& many) {
+    py::list arrays;
+    for (const std::vector<T>& one : many) arrays.append(to_array(one));
+    return arrays;
+}
+
 py::tuple ledger(mer::Plan& plan, i64 batches) {
     mer::Ledger result;
     {
         const py::gil_scoped_release unlocked;
         result = plan.ledger(batches);
     }
-    return py::make_tuple(to_array(result.fresh), to_array(result.replayed),
-                          to_array(result.skipped), to_array(result.replay_rows),
-                          to_array(result.pool_batches));
+    return py::make_tuple(to_arrays(result.fresh), to_arrays(result.replayed),
+                          to_arrays(result.skipped), to_array(result.batches),
+                          to_array(result.replay_rows), to_array(result.pool_batches));
 }
 
 Array<u64> permute(const mer::Permutation& permutation, u64 key, const Array<u64>& indices,
@@ -104,21 +136,29 @@ const mer::WeightTree& checked(const mer::WeightTree& tree, i64 n, i64 leaf = 0)
 
 void bind_plan(py::module_& module) {
     using Unlocked = py::call_guard<py::gil_scoped_release>;
-    py::class_<mer::EntrySpec>(module, "EntrySpec")
-        .def(py::init(&make_spec), "datasets"_a.noconvert(), "weights"_a.noconvert(),
-             "batches"_a.noconvert(), "fresh_rows"_a.noconvert(), "trained_before"_a.noconvert());
+    py::class_<mer::SpanSpec>(module, "SpanSpec")
+        .def(py::init(&make_spec), py::kw_only(), "position"_a.noconvert(), "task"_a.noconvert(),
+             "datasets"_a.noconvert(), "weights"_a.noconvert(), "batches"_a.noconvert(),
+             "fresh_rows"_a.noconvert(), "trained_before"_a.noconvert());
     py::class_<mer::Plan>(module, "Plan")
         .def(py::init(&make_plan), py::kw_only(), "seed"_a.noconvert(),
+             "dataset_keys"_a.noconvert(), "dataset_sizes"_a.noconvert())
+        .def("append", &append, py::kw_only(), "first_batch"_a.noconvert(),
              "global_batch_size"_a.noconvert(), "alpha_numerator"_a.noconvert(),
              "alpha_denominator"_a.noconvert(), "include_current_task"_a.noconvert(),
-             "dataset_keys"_a.noconvert(), "dataset_sizes"_a.noconvert(), "entries"_a)
+             "task_weights"_a.noconvert(), "spans"_a)
         .def_property_readonly("total_batches", &mer::Plan::total_batches)
-        .def("span", &mer::Plan::span, "entry"_a.noconvert(), Unlocked())
+        .def("global_batch_size", &mer::Plan::global_batch_size, "batch"_a.noconvert(), Unlocked())
+        .def("spans", &spans)
         .def(
             "cursors_after",
-            [](const mer::Plan& plan, i64 entry) { return to_array(plan.cursors_after(entry)); },
-            "entry"_a.noconvert())
-        .def("ordinal_at", &mer::Plan::ordinal_at, "batch"_a.noconvert(), Unlocked())
+            [](const mer::Plan& plan, i64 span) { return to_array(plan.cursors_after(span)); },
+            "span"_a.noconvert())
+        .def(
+            "cursors_at",
+            [](const mer::Plan& plan, i64 batch) { return to_array(plan.cursors_at(batch)); },
+            "batch"_a.noconvert())
+        .def("fresh_rows_before", &mer::Plan::fresh_rows_before, "batch"_a.noconvert(), Unlocked())
         .def("replay_rows", &mer::Plan::replay_rows, "batch"_a.noconvert(), Unlocked())
         .def("rows", &rows, "batch"_a.noconvert(), "start"_a.noconvert() = 0,
              "stop"_a.noconvert() = py::none())

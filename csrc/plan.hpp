@@ -24,24 +24,19 @@ struct RowColumns {
     i64* ordinal;
 };
 
-// What the first `batches` batches took, for each dataset and for each entry.
+// What the first `batches` batches took.
 struct Ledger {
-    std::vector<i64> fresh, replayed, skipped;   // by dataset
-    std::vector<i64> replay_rows, pool_batches;  // by entry
+    // By span, and in it by dataset: rows that were its fresh ones, those of them that were
+    // replayed, and fresh ones that were skipped.
+    std::vector<std::vector<i64>> fresh, replayed, skipped;
+    std::vector<i64> batches, replay_rows, pool_batches;  // by span
 };
 
 // Any number of threads may ask while another marks a batch as skipped.
 class Plan {
   public:
-    Plan(u64 seed, i64 global_batch_size, Fraction alpha, bool include_current_task,
-         std::vector<u64> dataset_keys, std::vector<i64> dataset_sizes,
-         const std::vector<EntrySpec>& entries)
-        : seed_(seed),
-          dataset_keys_(std::move(dataset_keys)),
-          schedule_(global_batch_size, alpha, include_current_task, std::move(dataset_sizes),
-                    entries),
-          total_batches_(schedule_.total_batches()),
-          placement_(static_cast<u64>(global_batch_size)) {
+    Plan(u64 seed, std::vector<u64> dataset_keys, std::vector<i64> dataset_sizes)
+        : seed_(seed), dataset_keys_(std::move(dataset_keys)), schedule_(std::move(dataset_sizes)) {
         if (dataset_keys_.size() != schedule_.dataset_sizes().size()) {
             throw std::invalid_argument(
                 std::to_string(dataset_keys_.size()) + " dataset keys were given for " +
@@ -52,57 +47,87 @@ class Plan {
         }
     }
 
-    i64 global_batch_size() const { return schedule_.global_batch_size(); }
-    i64 total_batches() const { return total_batches_; }
-    i64 num_datasets() const { return static_cast<i64>(permutations_.size()); }
-
-    i64 num_entries() const { return static_cast<i64>(schedule_.entries().size()); }
-
-    // First batch and end of an entry; both the same for one trained before.
-    std::pair<i64, i64> span(i64 entry) const {
-        const std::shared_lock lock(mutex_);
-        const Entry& found = entry_at(entry);
-        return {found.first_batch, found.last_batch()};
+    void append(i64 first_batch, i64 global_batch_size, ReplaySpec replay,
+                const std::vector<SpanSpec>& specs) {
+        const std::unique_lock lock(mutex_);
+        const bool past =
+            !skipped_.intervals().empty() && skipped_.intervals().back().batch >= first_batch;
+        if (past) {
+            throw std::invalid_argument("a segment from batch " + std::to_string(first_batch) +
+                                        " cannot follow skipped batch " +
+                                        std::to_string(skipped_.intervals().back().batch));
+        }
+        schedule_.append(first_batch, global_batch_size, std::move(replay), specs, skipped_);
+        replayed_ = Replayed();
     }
 
-    // For each of an entry's datasets, the samples that the run has taken of it when the entry
-    // ends. For one trained before: the samples that its place in the pool stands for.
-    std::vector<i64> cursors_after(i64 entry) const {
+    i64 total_batches() const {
         const std::shared_lock lock(mutex_);
-        const Entry& found = entry_at(entry);
+        return schedule_.total_batches();
+    }
+
+    i64 global_batch_size(i64 batch) const {
+        const std::shared_lock lock(mutex_);
+        return rows_of(schedule_.span_of_batch(batch));
+    }
+
+    // A copy: marks move what depends on the skipped batches.
+    std::vector<Span> spans() const {
+        const std::shared_lock lock(mutex_);
+        return schedule_.spans();
+    }
+
+    // For each of a span's datasets, the samples that the run has taken of it when the span ends.
+    // For one trained before: the samples that its place in the pool stands for.
+    std::vector<i64> cursors_after(i64 span) const {
+        const std::shared_lock lock(mutex_);
+        if (span < 0 || span >= static_cast<i64>(schedule_.spans().size())) {
+            throw std::invalid_argument("span " + std::to_string(span) +
+                                        " is not one of the plan's " +
+                                        std::to_string(schedule_.spans().size()));
+        }
+        const Span& found = schedule_.spans()[span];
         std::vector<i64> cursors = found.tree.counts(found.ordinals);
         for (std::size_t i = 0; i < cursors.size(); ++i) cursors[i] += found.cursors[i];
         return cursors;
     }
 
-    i64 ordinal_at(i64 batch) const {
+    // For each dataset, the samples that the run took of it in the batches before one.
+    std::vector<i64> cursors_at(i64 batch) const {
         const std::shared_lock lock(mutex_);
-        return schedule_.ordinal_at(batch);
+        return schedule_.cursors_at(batch);
+    }
+
+    i64 fresh_rows_before(i64 batch) const {
+        const std::shared_lock lock(mutex_);
+        return schedule_.fresh_rows_before(batch);
     }
 
     i64 replay_rows(i64 batch) const {
         const std::shared_lock lock(mutex_);
-        return global_batch_size() - fresh_rows(schedule_.entry_of_batch(batch), batch);
+        const Span& span = schedule_.span_of_batch(batch);
+        return rows_of(span) - fresh_rows(span, batch);
     }
 
     // Places start .. stop - 1 of a batch.
     void rows(i64 batch, i64 start, i64 stop, const RowColumns& out) const {
-        if (start < 0 || start > stop || stop > global_batch_size()) {
-            throw std::invalid_argument("rows " + std::to_string(start) + " to " +
-                                        std::to_string(stop) + " are not within a batch of " +
-                                        std::to_string(global_batch_size()));
-        }
         const std::shared_lock lock(mutex_);
         const Batch view = look_at(batch);
+        if (start < 0 || start > stop || stop > rows_of(*view.span)) {
+            throw std::invalid_argument("rows " + std::to_string(start) + " to " +
+                                        std::to_string(stop) + " are not within a batch of " +
+                                        std::to_string(rows_of(*view.span)));
+        }
+        const Permutation& placement = schedule_.segment_of(*view.span).placement;
         const u64 key = keyed_hash(seed_, Domain::placement, batch);
         for (i64 place = start; place < stop; ++place) {
-            const i64 row = static_cast<i64>(placement_.forward(key, static_cast<u64>(place)));
+            const i64 row = static_cast<i64>(placement.forward(key, static_cast<u64>(place)));
             const bool replay = row >= view.fresh;
             const i64 ordinal = replay ? draw(view, row - view.fresh) : view.first_ordinal + row;
             const Source source = locate(ordinal);
             const i64 at = place - start;
             out.kind[at] = replay ? 1 : 0;
-            out.entry[at] = static_cast<std::int32_t>(source.entry);
+            out.entry[at] = static_cast<std::int32_t>(source.span);
             out.dataset[at] = static_cast<std::int32_t>(source.dataset);
             out.sample[at] = sample_of(source);
             out.ordinal[at] = ordinal;
@@ -111,8 +136,8 @@ class Plan {
 
     void mark_skipped(i64 batch) {
         const std::unique_lock lock(mutex_);
-        const i64 fresh = fresh_rows(schedule_.entry_of_batch(batch), batch);
-        skipped_.add(batch, schedule_.ordinal_at(batch), fresh);
+        const i64 fresh = fresh_rows(schedule_.span_of_batch(batch), batch);
+        skipped_.add(batch, schedule_.first_ordinal(batch), fresh);
         schedule_.update(skipped_);
         if (batch < replayed_.batches) replayed_ = Replayed();
     }
@@ -125,14 +150,15 @@ class Plan {
     }
 
     Ledger ledger(i64 batches) {
-        check_batches(batches);
         const std::unique_lock counting(replayed_mutex_);
         // Marks only wait for the length of one ledger; rows are read all the while.
         const std::shared_lock lock(mutex_);
+        if (batches < 0 || batches > schedule_.total_batches()) {
+            throw std::invalid_argument(std::to_string(batches) + " batches are not within the " +
+                                        std::to_string(schedule_.total_batches()) + " of the plan");
+        }
         Ledger result;
-        result.fresh.assign(permutations_.size(), 0);
-        result.skipped = result.fresh;
-        for (const Entry& entry : schedule_.entries()) add_entry(result, entry, batches);
+        for (const Span& span : schedule_.spans()) add_span(result, span, batches);
         for (std::size_t i = 0; i < skipped_.count_before(batches); ++i) {
             add_skipped(result, skipped_.intervals()[i]);
         }
@@ -142,69 +168,64 @@ class Plan {
 
   private:
     struct Source {
-        i64 entry, dataset, k;
+        i64 span, leaf, dataset, k;
     };
 
     // What all rows of one batch share.
     struct Batch {
+        const Span* span;
         i64 number;
         i64 fresh;
         i64 first_ordinal;
+        i64 replayed;       // replay rows of the span in earlier batches
+        i64 own;            // live rows that the span added to its pool before this batch
         std::size_t skips;  // how many skipped batches the pool leaves out
-        i64 live;           // ordinals in the pool
     };
 
     struct Replayed {
         i64 batches = 0;
-        std::vector<i64> counts;
+        std::vector<std::vector<i64>> counts;
     };
 
-    const Entry& entry_at(i64 index) const {
-        if (index < 0 || index >= num_entries()) {
-            throw std::invalid_argument("entry " + std::to_string(index) +
-                                        " is not one of the plan's " +
-                                        std::to_string(num_entries()));
-        }
-        return schedule_.entries()[index];
-    }
+    i64 rows_of(const Span& span) const { return schedule_.segment_of(span).global_batch_size; }
 
-    void check_batches(i64 batches) const {
-        if (batches < 0 || batches > total_batches()) {
-            throw std::invalid_argument(std::to_string(batches) + " batches are not within the " +
-                                        std::to_string(total_batches()) + " of the plan");
-        }
-    }
-
-    i64 fresh_rows(const Entry& entry, i64 batch) const {
-        const i64 local = batch - entry.first_batch;
-        return schedule_.fresh_rows(entry, local + 1) - schedule_.fresh_rows(entry, local);
+    i64 fresh_rows(const Span& span, i64 batch) const {
+        const i64 local = batch - span.first_batch;
+        return schedule_.fresh_rows(span, local + 1) - schedule_.fresh_rows(span, local);
     }
 
     Batch look_at(i64 batch) const {
-        const Entry& entry = schedule_.entry_of_batch(batch);
-        const bool current = schedule_.include_current_task();
+        const Span& span = schedule_.span_of_batch(batch);
+        const i64 local = batch - span.first_batch;
         Batch view{};
+        view.span = &span;
         view.number = batch;
-        view.fresh = fresh_rows(entry, batch);
-        view.first_ordinal = schedule_.ordinal_at(batch);
-        view.skips = skipped_.count_before(current ? batch : entry.first_batch);
-        view.live =
-            (current ? view.first_ordinal : entry.first_ordinal) - skipped_.total_of(view.skips);
+        view.replayed = schedule_.replay_rows(span, local);
+        view.fresh = rows_of(span) - (schedule_.replay_rows(span, local + 1) - view.replayed);
+        view.first_ordinal = span.first_ordinal + rows_of(span) * local - view.replayed;
+        view.skips = skipped_.count_before(span.first_batch);
+        if (span.pool.takes_own()) {
+            const i64 before = skipped_.total_of(view.skips);
+            view.skips = skipped_.count_before(batch);
+            const i64 spent = skipped_.total_of(view.skips) - before;
+            view.own = view.first_ordinal - span.first_ordinal - spent;
+        }
         return view;
     }
 
-    // A uniform draw over the live ordinals before the batch.
+    // A uniform draw over the live ordinals of the pool, or of one of its tasks.
     i64 draw(const Batch& view, i64 replay_row) const {
         const u64 hash = keyed_hash(seed_, Domain::replay, view.number, replay_row);
-        const i64 live = static_cast<i64>(scale_to(hash, static_cast<u64>(view.live)));
+        const i64 live = view.span->pool.draw(view.replayed + replay_row, hash, view.own);
         return skipped_.ordinal_of_live(live, view.skips);
     }
 
     Source locate(i64 ordinal) const {
-        const i64 index = schedule_.entry_of_ordinal(ordinal);
-        const Entry& entry = schedule_.entries()[index];
-        const WeightTree::Place place = entry.tree.locate(ordinal - entry.first_ordinal);
-        return {index, entry.spec.datasets[place.leaf], entry.cursors[place.leaf] + place.ordinal};
+        const i64 index = schedule_.span_of_ordinal(ordinal);
+        const Span& span = schedule_.spans()[index];
+        const WeightTree::Place place = span.tree.locate(ordinal - span.first_ordinal);
+        return {index, place.leaf, span.spec.datasets[place.leaf],
+                span.cursors[place.leaf] + place.ordinal};
     }
 
     i64 sample_of(const Source& source) const {
@@ -216,42 +237,44 @@ class Plan {
         return static_cast<i64>(permutations_[source.dataset].forward(key, position));
     }
 
-    void add_entry(Ledger& ledger, const Entry& entry, i64 batches) const {
-        const i64 count =
-            std::min(std::max(batches - entry.first_batch, static_cast<i64>(0)), entry.batches);
-        ledger.replay_rows.push_back(schedule_.replay_rows(entry, count));
-        ledger.pool_batches.push_back(std::max(count - entry.pool_start, static_cast<i64>(0)));
-        if (count == 0) return;
-        const std::vector<i64> taken = entry.tree.counts(schedule_.fresh_rows(entry, count));
-        for (std::size_t i = 0; i < taken.size(); ++i) {
-            ledger.fresh[entry.spec.datasets[i]] += taken[i];
-        }
+    void add_span(Ledger& ledger, const Span& span, i64 batches) const {
+        const i64 count = std::min(std::max(batches - span.first_batch, i64{0}), span.batches);
+        ledger.batches.push_back(count);
+        ledger.replay_rows.push_back(schedule_.replay_rows(span, count));
+        ledger.pool_batches.push_back(std::max(count - span.pool_start, i64{0}));
+        ledger.fresh.push_back(span.tree.counts(schedule_.fresh_rows(span, count)));
+        ledger.skipped.emplace_back(span.spec.datasets.size(), 0);
     }
 
     // Fresh rows of a skipped batch move from `fresh` to `skipped`.
     void add_skipped(Ledger& ledger, const SkippedBatches::Interval& interval) const {
-        const Entry& entry = schedule_.entry_of_batch(interval.batch);
-        const i64 first = interval.first - entry.first_ordinal;
-        const std::vector<i64> before = entry.tree.counts(first);
-        const std::vector<i64> after = entry.tree.counts(first + interval.length);
+        const Span& span = schedule_.span_of_batch(interval.batch);
+        const std::ptrdiff_t index = &span - schedule_.spans().data();
+        const i64 first = interval.first - span.first_ordinal;
+        const std::vector<i64> before = span.tree.counts(first);
+        const std::vector<i64> after = span.tree.counts(first + interval.length);
         for (std::size_t i = 0; i < after.size(); ++i) {
-            const i64 dataset = entry.spec.datasets[i];
-            ledger.skipped[dataset] += after[i] - before[i];
-            ledger.fresh[dataset] -= after[i] - before[i];
+            ledger.skipped[index][i] += after[i] - before[i];
+            ledger.fresh[index][i] -= after[i] - before[i];
         }
     }
 
-    // Replay rows by dataset, without those of skipped batches. Draws have no closed form, so they
-    // are counted, and a later ledger goes on from here.
-    std::vector<i64> count_replayed(i64 batches) {
+    // Replay rows by the span and dataset that they repeat, without those of skipped batches. Draws
+    // have no closed form, so they are counted, and a later ledger goes on from here.
+    std::vector<std::vector<i64>> count_replayed(i64 batches) {
         const bool go_on = batches >= replayed_.batches;
         Replayed counted = go_on ? replayed_ : Replayed();
-        counted.counts.resize(permutations_.size(), 0);
+        if (counted.counts.empty()) {
+            for (const Span& span : schedule_.spans()) {
+                counted.counts.emplace_back(span.spec.datasets.size(), 0);
+            }
+        }
         for (; counted.batches < batches; ++counted.batches) {
             if (skipped_.run_from(counted.batches) > 0) continue;
             const Batch view = look_at(counted.batches);
-            for (i64 row = 0; row < global_batch_size() - view.fresh; ++row) {
-                ++counted.counts[locate(draw(view, row)).dataset];
+            for (i64 row = 0; row < rows_of(*view.span) - view.fresh; ++row) {
+                const Source source = locate(draw(view, row));
+                ++counted.counts[source.span][source.leaf];
             }
         }
         if (go_on) replayed_ = counted;
@@ -261,8 +284,6 @@ class Plan {
     const u64 seed_;
     const std::vector<u64> dataset_keys_;
     Schedule schedule_;
-    const i64 total_batches_;
-    const Permutation placement_;
     std::vector<Permutation> permutations_;
     SkippedBatches skipped_;
     mutable std::shared_mutex mutex_;  // guards schedule_ and skipped_

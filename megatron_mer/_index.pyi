@@ -26,11 +26,14 @@ class WeightTree:
     def count(self, leaf: int, n: int) -> int:
         """counts(n)[leaf] in O(log datasets)."""
 
-class EntrySpec:
-    """An entry: above 0 is either `batches` or `fresh_rows`, or neither if `trained_before`."""
+class SpanSpec:
+    """An entry in a segment: `batches` or `fresh_rows` above 0, neither if `trained_before`."""
 
     def __init__(
         self,
+        *,
+        position: int,
+        task: int,
         datasets: NDArray[np.int64],
         weights: NDArray[np.float64],
         batches: int,
@@ -45,24 +48,38 @@ class Plan:
         self,
         *,
         seed: int,
+        dataset_keys: NDArray[np.uint64],
+        dataset_sizes: NDArray[np.int64],
+    ) -> None: ...
+    def append(
+        self,
+        *,
+        first_batch: int,
         global_batch_size: int,
         alpha_numerator: int,
         alpha_denominator: int,
         include_current_task: bool,
-        dataset_keys: NDArray[np.uint64],
-        dataset_sizes: NDArray[np.int64],
-        entries: list[EntrySpec],
-    ) -> None: ...
+        task_weights: NDArray[np.float64],
+        spans: list[SpanSpec],
+    ) -> None:
+        """Ends what was planned at `first_batch` and goes on with a new segment."""
+
     @property
     def total_batches(self) -> int: ...
-    def span(self, entry: int) -> tuple[int, int]:
-        """First batch of an entry, and the batch after its last."""
+    def global_batch_size(self, batch: int) -> int:
+        """Rows of a batch."""
 
-    def cursors_after(self, entry: int) -> NDArray[np.int64]:
-        """Samples that the run has taken of each of an entry's datasets when it ends."""
+    def spans(self) -> NDArray[np.int64]:
+        """Position, task, segment, first batch, last batch and trained_before of each span."""
 
-    def ordinal_at(self, batch: int) -> int:
-        """First fresh ordinal of a batch; at `total_batches` the number of all ordinals."""
+    def cursors_after(self, span: int) -> NDArray[np.int64]:
+        """Samples that the run has taken of each of a span's datasets when it ends."""
+
+    def cursors_at(self, batch: int) -> NDArray[np.int64]:
+        """Samples of each dataset that the batches before one took."""
+
+    def fresh_rows_before(self, batch: int) -> int:
+        """Fresh rows of the batches before one; it may be `total_batches`."""
 
     def replay_rows(self, batch: int) -> int: ...
     def rows(
@@ -81,10 +98,11 @@ class Plan:
     def ledger(
         self, batches: int
     ) -> tuple[
-        NDArray[np.int64],
-        NDArray[np.int64],
+        list[NDArray[np.int64]],
+        list[NDArray[np.int64]],
+        list[NDArray[np.int64]],
         NDArray[np.int64],
         NDArray[np.int64],
         NDArray[np.int64],
     ]:
-        """Fresh, replayed and skipped samples by dataset; replay rows and pool batches by entry."""
+        """By span: fresh, replayed, skipped by dataset; batches, rows drawn, batches with a pool."""

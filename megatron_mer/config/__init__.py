@@ -3,6 +3,7 @@
 from megatron_mer.config.checks import check_layout
 from megatron_mer.config.describe import describe
 from megatron_mer.config.load import load_config, resolve_vocab, to_yaml
+from megatron_mer.config.schedule_checks import check_segments
 from megatron_mer.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -15,6 +16,7 @@ from megatron_mer.config.schema import (
     ReptileConfig,
     RunConfig,
     ScheduleConfig,
+    ScheduleSegmentConfig,
     TaskConfig,
 )
 from megatron_mer.config.sizes import SIZES, model_of_size
@@ -32,8 +34,10 @@ __all__ = [
     "ReptileConfig",
     "RunConfig",
     "ScheduleConfig",
+    "ScheduleSegmentConfig",
     "TaskConfig",
     "check_layout",
+    "check_segments",
     "describe",
     "load_config",
     "model_of_size",

@@ -7,10 +7,11 @@ refused; asking for one of those ends the check, and what it found before stays.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 
-from megatron_mer.config.parse import NotParsedError, Partial
+from megatron_mer.config.parse import NotParsedError, Partial, as_far_as_parsed, show, suggest
+from megatron_mer.config.schedule_checks import segments, unused_or_above_peak, warmup_too_long
 from megatron_mer.config.schema import (
     TOKENIZER_KINDS,
     DatasetConfig,
@@ -27,10 +28,10 @@ def check_run(run: RunConfig | Partial) -> list[Problem]:
     config = cast(RunConfig, run)
     found: list[Problem] = []
     for check in _RUN_CHECKS:
-        found += _as_far_as_parsed(check(config))
+        found += as_far_as_parsed(check(config))
     for index, entry in enumerate(_entries(config)):
         for entry_check in _ENTRY_CHECKS:
-            found += _as_far_as_parsed(entry_check(entry, f"stream.{index}"))
+            found += as_far_as_parsed(entry_check(entry, f"stream.{index}"))
     return found
 
 
@@ -62,13 +63,6 @@ def check_layout(config: RunConfig, world_size: int) -> list[Problem]:
         dp_size = 1
     found += _rows(config, dp_size)
     return found
-
-
-def _as_far_as_parsed(problems: Iterable[Problem]) -> Problems:
-    try:
-        yield from problems
-    except NotParsedError:
-        return
 
 
 def _entries(config: RunConfig) -> tuple[TaskConfig, ...]:
@@ -124,35 +118,6 @@ def _heads(config: RunConfig) -> Problems:
         yield Problem("model.num_kv_heads", given, f"a divisor of {num_heads}")
 
 
-def _schedule(config: RunConfig) -> Problems:
-    schedule = config.schedule
-    if schedule.kind == "constant":
-        for key, value, default in (
-            ("min_lr", schedule.min_lr, 0.0),
-            ("total_steps", schedule.total_steps, None),
-        ):
-            if value != default:
-                given = f"given {value:g}, which kind constant does not use"
-                yield Problem(f"schedule.{key}", given, "nothing", "leave it out or choose cosine")
-    elif schedule.min_lr > config.optimizer.lr:
-        given = f"{schedule.min_lr:g} is above the peak, optimizer.lr {config.optimizer.lr:g}"
-        yield Problem("schedule.min_lr", given, f"0 to {config.optimizer.lr:g}")
-
-
-def _horizon(config: RunConfig) -> Problems:
-    total, warmup = config.schedule.total_steps, config.schedule.warmup_steps
-    trained = [entry for entry in config.stream if not entry.trained_before]
-    steps = [entry.steps for entry in trained if entry.steps is not None]
-    # A task given in fresh tokens takes a number of steps that only the plan knows.
-    if total is None and len(steps) == len(trained):
-        total = sum(steps)
-    # A cosine of no length is none; see optim.schedule.check_schedule.
-    most = total - (config.schedule.kind == "cosine") if total else warmup
-    if warmup > most:
-        given = f"{warmup} steps of warm-up in a schedule of {total}"
-        yield Problem("schedule.warmup_steps", given, f"0 to {most}")
-
-
 def _nesterov(config: RunConfig) -> Problems:
     if config.reptile is not None and config.reptile.nesterov and config.reptile.momentum == 0:
         allowed = "false, as reptile.momentum is 0"
@@ -164,6 +129,37 @@ def _evaluate(config: RunConfig) -> Problems:
     if config.evaluate is not None and not any(entry.valid for entry in config.stream):
         given = "no entry of the stream names held-out data"
         yield Problem("evaluate", given, "", "add valid: to the stream or leave evaluate out")
+
+
+def _replay_weights(config: RunConfig) -> Problems:
+    replay = config.replay
+    if replay is None:
+        return
+    weights, given_by_policy = replay.weights, replay.policy == "weights"
+    if weights is not None and not given_by_policy:
+        given = f"given, which policy {replay.policy} does not use"
+        remedy = "leave it out or choose policy: weights"
+        yield Problem("replay.weights", given, "nothing", remedy)
+    if not given_by_policy:
+        return
+    tasks = dict.fromkeys(entry.task for entry in config.stream)
+    if weights is None:
+        given = "missing, which policy weights needs"
+        allowed = f"a number >= 0 for each of the tasks {show(list(tasks))}"
+        yield Problem("replay.weights", given, allowed, "add it or choose policy: equal")
+        return
+    for name in weights:
+        if name not in tasks:
+            given = f"the stream has no task {name!r}"
+            yield Problem(f"replay.weights.{name}", given, show(list(tasks)), suggest(name, tasks))
+    left_out = [task for task in tasks if task not in weights]
+    if left_out:
+        given = f"no weight for {show(left_out)}"
+        remedy = "add it; 0 means that it is never replayed"
+        yield Problem("replay.weights", given, "a number >= 0 for each task", remedy)
+    if weights and not any(weights.values()):
+        given = "each weight is 0, so that nothing would ever be replayed"
+        yield Problem("replay.weights", given, "at least one above 0", "or leave replay: out")
 
 
 # Layout -----------------------------------------------------------------------------------------
@@ -223,18 +219,6 @@ def _rows_of_one_rank(config: RunConfig) -> Problems:
 
 
 def _trained(config: RunConfig) -> Problems:
-    first = None
-    for index, entry in enumerate(config.stream):
-        try:
-            before = entry.trained_before
-        except NotParsedError:
-            continue
-        if not before:
-            first = index if first is None else first
-        elif first is not None:
-            given = f"given true after stream.{first}, which this run trains"
-            allowed = "trained_before only ahead of what this run trains"
-            yield Problem(f"stream.{index}.trained_before", given, allowed, "move the entry up")
     if all(entry.trained_before for entry in config.stream):
         given = f"each of the {len(config.stream)} entries has trained_before, so nothing is left"
         yield Problem("stream", given, "at least one entry that this run trains")
@@ -291,6 +275,11 @@ def _length(entry: TaskConfig, path: str) -> Problems:
         if entry.max_epochs != 1:
             text = f"given {entry.max_epochs:g}, but an entry with trained_before takes no step"
             yield Problem(f"{path}.max_epochs", text, "nothing", "remove it")
+        for place, dataset in enumerate(entry.train):
+            if dataset.max_epochs is not None:
+                where = f"{path}.train.{place}.max_epochs"
+                text = f"given {dataset.max_epochs:g} in an entry with trained_before, which reads "
+                yield Problem(where, text + "nothing anew", "nothing", "remove it")
     elif not given:
         yield Problem(path, "has no length", "either steps or fresh_tokens", "add one of them")
     elif len(given) == 2:
@@ -303,11 +292,13 @@ def _train(entry: TaskConfig, path: str) -> Problems:
     if weighted not in (0, len(entry.train)):
         given = f"{weighted} of {len(entry.train)} datasets have a weight"
         yield Problem(f"{path}.train", given, "a weight for all of them or for none")
-    names = [dataset.name for dataset in entry.train]
-    for name in sorted({name for name in names if names.count(name) > 1}):
+    prefixes: dict[str, list[str]] = {}
+    for dataset in entry.train:
+        prefixes.setdefault(dataset.name, []).append(dataset.prefix)
+    for name, same in sorted(prefixes.items()):
         # Two prefixes under one name are reported for the whole run.
-        if len({dataset.prefix for dataset in entry.train if dataset.name == name}) == 1:
-            given = f"the dataset {name!r} stands here {names.count(name)} times"
+        if len(same) > 1 and len(set(same)) == 1:
+            given = f"the dataset {name!r} stands here {len(same)} times"
             remedy = "list it once, with a weight if it should count more"
             yield Problem(f"{path}.train", given, "each dataset once", remedy)
 
@@ -319,10 +310,12 @@ _RUN_CHECKS: Final[tuple[Callable[[Any], Problems], ...]] = (
     _tensor_split,
     _stages,
     _rows_of_one_rank,
-    _schedule,
-    _horizon,
+    unused_or_above_peak,
+    warmup_too_long,
+    segments,
     _nesterov,
     _evaluate,
+    _replay_weights,
     _trained,
     _trained_before_use,
     _dataset_names,

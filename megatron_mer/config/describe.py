@@ -71,7 +71,9 @@ def allowed_text(hint: Any) -> str:
         return "a list"
     if origin is tuple:
         return f"a list of {len(arguments)}, each {allowed_text(arguments[0])}"
-    return "a section" if is_dataclass(hint) else _NOUNS.get(hint, "a section {name: text}")
+    if origin is dict:
+        return f"a section {{name: {allowed_text(arguments[1])}}}"
+    return "a section" if is_dataclass(hint) else _NOUNS[hint]
 
 
 def _limits(metadata: tuple[Any, ...]) -> Iterator[str]:

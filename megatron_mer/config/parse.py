@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from decimal import Decimal
 from functools import cache
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -44,6 +44,14 @@ class Partial:
 
 
 _REFUSED = Partial({})
+
+
+def as_far_as_parsed(problems: Iterable[Problem]) -> Iterator[Problem]:
+    """Gives what a check finds until it asks for a value that is missing or was refused."""
+    try:
+        yield from problems
+    except NotParsedError:
+        return
 
 
 def parse_run(data: Any) -> tuple[RunConfig | Partial, list[Problem]]:
@@ -104,7 +112,7 @@ class _Parser:
             here = f"{path}.{field.name}" if path else field.name
             hint = type_hints(section)[field.name]
             if field.name in data:
-                value = self._value(hint, data[field.name], here)
+                value = self._value(hint, data[field.name], here, field.default == ())
                 bad = value is _REFUSED
                 complete = complete and not (bad or isinstance(value, Partial))
                 if not bad:
@@ -119,22 +127,29 @@ class _Parser:
                     self._missing(hint, here, section, field.name)
         return section(**values) if complete else Partial(values)
 
-    def _value(self, hint: Any, data: Any, path: str) -> Any:
+    def _value(self, hint: Any, data: Any, path: str, may_be_empty: bool) -> Any:
         inner, optional = without_none(hint)
         section = section_of(hint)
         if section is None:
-            return self._leaf(hint, data, path)
+            named = get_origin(inner) is dict and isinstance(data, Mapping)
+            return self._named(inner, data, path) if named else self._leaf(hint, data, path)
         if data is None and optional:
             return None
         if not is_list(inner):
             return self.section(section, data, path)
         if not isinstance(data, list):
             return self._refuse(path, f"given {show(data)}", "a list of sections")
-        if not data:
+        if not data and not may_be_empty:
             return self._refuse(path, "given an empty list", "at least one item")
         return tuple(
             self.section(section, item, f"{path}.{index}") for index, item in enumerate(data)
         )
+
+    def _named(self, hint: Any, data: Mapping[str, Any], path: str) -> Any:
+        """Parses values by names of the user's choice, so that a refused one has its own path."""
+        _, value = get_args(hint)
+        values = {name: self._leaf(value, item, f"{path}.{name}") for name, item in data.items()}
+        return _REFUSED if any(item is _REFUSED for item in values.values()) else values
 
     def _leaf(self, hint: Any, data: Any, path: str) -> Any:
         try:

@@ -149,6 +149,23 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScheduleSegmentConfig:
+    """A segment of the schedule, behind what stands before it. The last one's end rate stays."""
+
+    kind: Literal["cosine", "constant"]
+    """cosine: warm up, then one cosine to min_lr at its end; constant: warm up, then stay."""
+    steps: Count | None = None
+    """Length in steps; a constant that is the last may leave it out and then has no end."""
+    lr: Positive
+    """Learning rate after its warm-up; optimizer.lr is the first schedule's alone."""
+    warmup_steps: CountOrZero = 0
+    """Steps on a straight line to lr, up or down, from the rate at which what stands before ended;
+    0 jumps to lr."""
+    min_lr: NotNegative = 0.0
+    """Learning rate at the end of a cosine."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """Learning rate over the optimizer steps of the whole stream."""
 
@@ -159,7 +176,10 @@ class ScheduleConfig:
     min_lr: NotNegative = 0.0
     """Learning rate at the end of the cosine."""
     total_steps: Count | None = None
-    """Where the cosine ends, in steps; default: the end of the stream."""
+    """Where the cosine ends, in steps; default: the end of the stream. Also where `then` begins,
+    which needs it with either kind."""
+    then: tuple[ScheduleSegmentConfig, ...] = ()
+    """What follows after total_steps; without it a longer stream stays at the last rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +191,8 @@ class DatasetConfig:
     weight: Positive | None = None
     """Share among the datasets of its task, relative to the others; for all of them or for none
     (none: in proportion to their sizes)."""
+    max_epochs: Positive | None = None
+    """How often this dataset may be read; default: its task's max_epochs."""
     name: Text = ""
     """Keys the order of its samples and its place in the ledger; default: the prefix's last part.
     A dataset that moves to another path keeps its name."""
@@ -202,7 +224,9 @@ class TaskConfig:
     max_epochs: Positive = 1.0
     """How often each of its datasets may be read; asking for more samples is an error."""
     trained_before: Flag = False
-    """Trained before this run: takes no step here, but may be replayed from the first batch on."""
+    """Trained before this run: takes no step here. Wherever it stands in the stream, it may be
+    replayed from the first batch that is drawn with it on: of the run, or of the resume that adds
+    it with `--accept stream`, which puts it behind what was begun."""
 
     @property
     def valid_sets(self) -> dict[str, str]:
@@ -220,8 +244,13 @@ class ReplayConfig:
     """Share of replayed rows: after t batches of a task exactly floor(alpha * N * t) of them."""
     source: Literal["stream"] = "stream"
     """stream: rows are read again from the datasets, which therefore stay in place."""
-    policy: Literal["uniform"] = "uniform"
-    """uniform: each fresh sample that was consumed before is equally likely."""
+    policy: Literal["uniform", "equal", "weights"] = "uniform"
+    """uniform: each fresh sample that was consumed before is equally likely. equal: each task in
+    the pool gets the same share of the replayed rows; weights: the share that `weights` gives it.
+    Both are exact to within two rows, and inside a task each sample is equally likely."""
+    weights: dict[Text, NotNegative] | None = None
+    """Share of each task of the stream among the replayed rows, {task: number}, with policy weights
+    only. It is relative to the tasks in the pool at that moment; 0: never replayed."""
     include_current_task: Flag = False
     """Replay earlier samples of the current task too, as the paper does; else past tasks only."""
 

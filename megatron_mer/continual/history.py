@@ -1,74 +1,230 @@
-"""Compares a run's plan with the one it is to go on with."""
+"""Compares a run's plan with the configuration that it is to go on with."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from megatron_mer.continual.plan import Plan
-from megatron_mer.continual.spec import EntrySpec, ReplaySpec
+from megatron_mer.continual.plan import Entry, Plan
+from megatron_mer.continual.segments import fresh_rows_of, pool_key
+from megatron_mer.continual.spec import EntrySpec, PlanSpec, ReplaySpec
+from megatron_mer.errors import ConfigError
+
+Kind = Literal["batch-size", "replay", "mix", "length", "stream"]
+
+KINDS: dict[Kind, str] = {
+    "batch-size": "another global_batch_size",
+    "replay": "another alpha or policy of replay, or replay switched on or off",
+    "mix": "other datasets or weights in the task in training or one to come",
+    "length": "another length of the task in training or one to come",
+    "stream": "tasks to come that are inserted, removed or put into another order, and new ones "
+    "trained before",
+}
+"""What a resumed run may change if it is told so; the keys are the values of ``--accept``."""
 
 
-def differences(old_history: Sequence[Mapping[str, Any]], new_plan: Plan) -> list[str]:
-    """What a new plan would change of an old one, each with the first batch that it touches.
+_CLOSED = "it was trained to its end: put it back as it was"
 
-    Entries to train that are appended at the end change nothing of what was there, so they are no
-    difference. Nor is `max_epochs`, which permits and does not order.
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that a configuration says otherwise than the plan that was trained."""
+
+    batch: int
+    """The first batch that it touches."""
+    text: str
+    accept: Kind | None = None
+    """The kind of change that has to be accepted; None: it cannot be."""
+    remedy: str = ""
+    """What to do about one that cannot be accepted."""
+
+    def __str__(self) -> str:
+        """The first batch and the text."""
+        return f"from batch {self.batch}: {self.text}"
+
+
+def differences(
+    history: Sequence[Mapping[str, Any]], spec: PlanSpec, batch: int
+) -> list[Difference]:
+    """What a configuration would change of a plan, in the order of the batches.
+
+    Tasks that are appended at the end change nothing of what was there, so they are no difference.
+    Nor is `max_epochs`, which permits and does not order, or a length that is only written in
+    another way.
 
     Args:
-        old_history: `history()` of the plan that was trained.
-        new_plan: the plan of the configuration as it is now.
+        history: `history()` of the plan that was trained.
+        spec: the configuration as it is now.
+        batch: batches that were trained; nothing that can be accepted touches them.
+
+    Returns:
+        What was found. If all of it is accepted, the new segment begins at the first batch of all
+        (`Plan.continued`).
 
     Raises:
         CheckpointError: it is no history of a plan.
     """
-    old_plan = Plan.from_history(old_history)
-    found = [*_run_differences(old_plan, new_plan), *_stream_differences(old_plan, new_plan)]
-    return [f"from batch {batch}: {text}" for batch, text in sorted(found, key=lambda one: one[0])]
+    comparison = _Comparison(history, spec, batch)
+    found = [
+        *_fixed(comparison.old.spec, spec),
+        *comparison.batch_size(),
+        *comparison.replay(),
+        *comparison.trained_before(),
+        *comparison.begun_entries(),
+        *comparison.entries_to_come(),
+    ]
+    return sorted(found, key=lambda one: one.batch)
 
 
-def _run_differences(old_plan: Plan, new_plan: Plan) -> Iterator[tuple[int, str]]:
-    old, new = old_plan.spec, new_plan.spec
-    for name in ("seed", "global_batch_size", "seq_length"):
+def _fixed(old: PlanSpec, new: PlanSpec) -> Iterator[Difference]:
+    for name in ("seed", "seq_length"):
         was, now = getattr(old, name), getattr(new, name)
         if was != now:
-            yield 0, f"{name} was {was}, is {now}"
-    if _effective(old.replay) != _effective(new.replay):
-        was, now = _describe_replay(old.replay), _describe_replay(new.replay)
-        yield _first_replay(old_plan, new_plan), f"replay was {was}, is {now}"
+            text = f"{name} was {was}, is {now}, which would change every sample's place"
+            yield Difference(0, text, remedy=f"set it to {was}")
+    for name, size in new.datasets.items():
+        was = old.datasets.get(name, size)
+        if was != size:
+            text = f"dataset {name!r} had {was} samples, has {size}: its content changed"
+            remedy = "bring the old data back, or give the new data another name"
+            yield Difference(0, text, remedy=remedy)
 
 
-def _stream_differences(old_plan: Plan, new_plan: Plan) -> Iterator[tuple[int, str]]:
-    for index, (old, new) in enumerate(zip_longest(old_plan.spec.stream, new_plan.spec.stream)):
-        if old is None:
-            if new.trained_before:
-                yield (
-                    _first_replay(old_plan, new_plan),
-                    f"stream.{index}: task {new.task!r}, trained before, was not in the pool",
+class _Comparison:
+    """The plan that was trained, and what the configuration would make of it."""
+
+    def __init__(self, history: Sequence[Mapping[str, Any]], spec: PlanSpec, batch: int) -> None:
+        self.old = Plan.from_history(history)
+        self.spec = spec
+        self.batch = min(batch, self.old.total_batches)
+        self.progress = self.old.progress_at(self.batch)
+        try:
+            self.new = Plan.continued(history, spec, self.batch, allow_exhausted=True)
+        except ConfigError:
+            self.new = self.old  # No plan at all: the problems are named where it is made.
+
+    def batch_size(self) -> Iterator[Difference]:
+        was, now = self.old.spec.global_batch_size, self.spec.global_batch_size
+        if was != now:
+            yield Difference(self.batch, f"global_batch_size was {was}, is {now}", "batch-size")
+
+    def replay(self) -> Iterator[Difference]:
+        was, now = self.old.spec.replay, self.spec.replay
+        if _effective(was) != _effective(now):
+            text = f"replay was {_describe_replay(was)}, is {_describe_replay(now)}"
+            yield Difference(self._first_replay(), text, "replay")
+
+    def trained_before(self) -> Iterator[Difference]:
+        """Entries trained before are told apart by what they hold, not by their place."""
+        was = [entry for entry in self.old.spec.stream if entry.trained_before]
+        now = [entry for entry in self.spec.stream if entry.trained_before]
+        missing = Counter(map(pool_key, was)) - Counter(map(pool_key, now))
+        for entry in was:
+            if missing[pool_key(entry)]:
+                yield Difference(
+                    0,
+                    f"{_name(entry)}, is gone or has other datasets or weights, but its rows are "
+                    "in the replay pool",
+                    remedy="bring it back; `replay: {policy: weights}` gives a task the weight 0",
                 )
-        elif new is None:
-            yield _start(old_plan, index, new_plan), f"stream.{index}: task {old.task!r} is gone"
-        else:
-            starts = [_start(old_plan, index, new_plan), _start(new_plan, index, old_plan)]
-            for text in _entry_differences(old, new):
-                yield min(starts), f"stream.{index} (task {new.task!r}): {text}"
-            was, now = old_plan.entries[index], new_plan.entries[index]
-            lengths = [entry.last_batch - entry.first_batch for entry in (was, now)]
-            if lengths[0] != lengths[1] and old.trained_before == new.trained_before:
-                yield (
-                    min(starts) + min(lengths),
-                    f"stream.{index} (task {new.task!r}): it had {lengths[0]} batches, "
-                    f"has {lengths[1]}",
-                )
+        added = Counter(map(pool_key, now)) - Counter(map(pool_key, was))
+        for entry in now:
+            if added[pool_key(entry)]:
+                text = f"{_name(entry)}, was not in the replay pool"
+                yield Difference(self._first_replay(), text, "stream")
+
+    def begun_entries(self) -> Iterator[Difference]:
+        """They keep their places; only the last one may still change."""
+        old, new = self.old.spec.stream, self.spec.stream
+        for place in range(self.progress.last_begun + 1):
+            if place >= len(new):
+                text = f"stream.{place}: {_name(old[place])} is gone, but was begun"
+                yield Difference(_start(self.old, place), text, remedy="bring it back")
+            elif (old[place].task, old[place].trained_before) != (
+                new[place].task,
+                new[place].trained_before,
+            ):
+                was, now = _name(old[place]), _name(new[place])
+                text = f"stream.{place} was {was}, is {now}, but was begun"
+                remedy = f"put {was} back to this place, and {now} behind what was begun"
+                yield Difference(_start(self.old, place), text, remedy=remedy)
+            elif not old[place].trained_before:
+                yield from self._begun_mix(place, old[place], new[place])
+                yield from self._begun_length(place, old[place], new[place])
+
+    def _begun_mix(self, place: int, was: EntrySpec, now: EntrySpec) -> Iterator[Difference]:
+        at_end = _end(self.old, place) <= self.batch and _same_length(was, now)
+        for text in _mix_differences(was, now):
+            text = f"stream.{place} ({_name(now)}): {text}"
+            if place < self.progress.last_begun or at_end:
+                yield Difference(_start(self.old, place), text, remedy=_CLOSED)
+            else:
+                yield Difference(max(self.batch, _start(self.old, place)), text, "mix")
+
+    def _begun_length(self, place: int, was: EntrySpec, now: EntrySpec) -> Iterator[Difference]:
+        if _same_length(was, now):
+            return
+        path, seq_length = f"stream.{place} ({_name(now)})", self.spec.seq_length
+        text = f"{path}: its length was {_length(was)}, is {_length(now)}"
+        done, fresh = self.progress.batches[place], self.progress.fresh_rows[place]
+        ends = (_end(self.old, place), _end(self.new, place))
+        at_end = ends[0] <= self.batch
+        short = (now.steps or 0) <= done and fresh_rows_of(now, seq_length) <= fresh
+        if place < self.progress.last_begun:
+            yield Difference(ends[0], text, remedy=_CLOSED)
+        elif short and not (at_end and now.steps in (None, done)):
+            text += f", but {done} batches with {fresh * seq_length} fresh tokens were trained"
+            least = f"steps: {done + 1} or fresh_tokens: {fresh * seq_length + 1}, or more"
+            yield Difference(self.batch, text, remedy=least)
+        elif ends[0] != ends[1]:
+            yield Difference(min(ends), text, "length")
+
+    def entries_to_come(self) -> Iterator[Difference]:
+        """Entries that no batch has begun; those trained before are compared elsewhere."""
+        old, new = (
+            [
+                (place, entry)
+                for place, entry in enumerate(stream)
+                if place > self.progress.last_begun and not entry.trained_before
+            ]
+            for stream in (self.old.spec.stream, self.spec.stream)
+        )
+        for number, (place, was) in enumerate(old):
+            start = _start(self.old, place)
+            if number >= len(new):
+                yield Difference(start, f"stream.{place}: {_name(was)} is gone", "stream")
+                continue
+            now_place, now = new[number]
+            if was.task != now.task:
+                text = f"stream.{now_place} was {_name(was)}, is {_name(now)}"
+                yield Difference(start, text, "stream")
+                continue
+            for text in _mix_differences(was, now):
+                yield Difference(start, f"stream.{now_place} ({_name(now)}): {text}", "mix")
+            ends = (_end(self.old, place), _end(self.new, now_place))
+            begins = (start, _start(self.new, now_place))
+            if not _same_length(was, now) and ends[0] - ends[1] != begins[0] - begins[1]:
+                text = f"its length was {_length(was)}, is {_length(now)}"
+                text = f"stream.{now_place} ({_name(now)}): {text}"
+                yield Difference(min(ends), text, "length")
+
+    def _first_replay(self) -> int:
+        """The first batch to come with a replay row in either plan, or the end of the shorter."""
+        return min(_first_replay(plan, self.batch) for plan in (self.old, self.new))
 
 
-def _entry_differences(old: EntrySpec, new: EntrySpec) -> Iterator[str]:
-    if old.task != new.task:
-        yield f"its name was {old.task!r}"
-    if old.trained_before != new.trained_before:
-        yield f"trained_before was {old.trained_before}, is {new.trained_before}"
+def _first_replay(plan: Plan, batch: int) -> int:
+    def replayed_before(other: int) -> int:
+        return plan.rows_before(other) - plan.fresh_rows_before(other)
+
+    counts = range(plan.total_batches + 1)
+    return bisect_right(counts, replayed_before(batch), lo=batch, key=replayed_before) - 1
+
+
+def _mix_differences(old: EntrySpec, new: EntrySpec) -> Iterator[str]:
     was = {one.name: one for one in old.datasets}
     now = {one.name: one for one in new.datasets}
     for name in [*was, *(name for name in now if name not in was)]:
@@ -76,44 +232,58 @@ def _entry_differences(old: EntrySpec, new: EntrySpec) -> Iterator[str]:
             yield f"dataset {name!r} is gone"
         elif name not in was:
             yield f"dataset {name!r} was not there"
-        elif was[name].num_samples != now[name].num_samples:
-            before, after = was[name].num_samples, now[name].num_samples
-            yield f"dataset {name!r} had {before} samples, has {after}"
         elif was[name].weight != now[name].weight:
-            yield f"dataset {name!r} had weight {was[name].weight}, has {now[name].weight}"
+            before, after = was[name].weight, now[name].weight
+            yield f"dataset {name!r} had {_weight(before)}, has {_weight(after)}"
     if was.keys() == now.keys() and list(was) != list(now):
         yield f"its datasets stood as {', '.join(was)}, stand as {', '.join(now)}"
 
 
-def _start(plan: Plan, index: int, other: Plan) -> int:
-    """The first batch that an entry has a part in."""
-    entry = plan.entries[index]
-    return _first_replay(plan, other) if entry.trained_before else entry.first_batch
+def _spans(plan: Plan, place: int) -> list[Entry]:
+    return [one for one in plan.entries if one.index == place and not one.trained_before]
 
 
-def _first_replay(*plans: Plan) -> int:
-    """The first batch with a replay row in any of the plans, or the end of the shortest."""
-    return min(_first_replay_of(plan) for plan in plans)
+def _start(plan: Plan, place: int) -> int:
+    """The first batch of an entry; 0 for one trained before."""
+    return min((one.first_batch for one in _spans(plan, place)), default=0)
 
 
-def _first_replay_of(plan: Plan) -> int:
-    rows = plan.spec.global_batch_size
+def _end(plan: Plan, place: int) -> int:
+    """The batch after an entry's last."""
+    return max((one.last_batch for one in _spans(plan, place)), default=0)
 
-    def replay_rows_before(batch: int) -> int:
-        return batch * rows - plan.fresh_rows_before(batch)
 
-    counts = range(plan.total_batches + 1)
-    return bisect_right(counts, 0, key=replay_rows_before) - 1
+def _same_length(old: EntrySpec, new: EntrySpec) -> bool:
+    return (old.steps, old.fresh_tokens) == (new.steps, new.fresh_tokens)
+
+
+def _length(entry: EntrySpec) -> str:
+    if entry.steps is not None:
+        return f"{entry.steps} steps"
+    return f"{entry.fresh_tokens} fresh tokens"
+
+
+def _weight(weight: float | None) -> str:
+    return "no weight" if weight is None else f"weight {weight:g}"
+
+
+def _name(entry: EntrySpec) -> str:
+    return f"task {entry.task!r}{', trained before' if entry.trained_before else ''}"
 
 
 def _effective(replay: ReplaySpec | None) -> ReplaySpec | None:
-    return replay if replay is not None and replay.alpha > 0 else None
+    """Without the spelling: 0.5 and 0.50 are one share, and alpha 0 is no replay."""
+    if replay is None or replay.alpha == 0:
+        return None
+    weights = None if replay.weights is None else dict(replay.weights)
+    return replace(replay, alpha=replay.alpha.normalize(), weights=weights)
 
 
 def _describe_replay(replay: ReplaySpec | None) -> str:
     if replay is None:
         return "off"
+    weights = "" if replay.weights is None else f" {dict(replay.weights)}"
     return (
-        f"alpha {replay.alpha}, source {replay.source}, policy {replay.policy}, "
+        f"alpha {replay.alpha}, source {replay.source}, policy {replay.policy}{weights}, "
         f"include_current_task {replay.include_current_task}"
     )

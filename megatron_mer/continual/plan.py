@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mer import _index
-from megatron_mer.continual.spec import EntrySpec, PlanSpec, problems_of
+from megatron_mer.continual.ledger import Ledger, take_ledger
+from megatron_mer.continual.segments import (
+    Progress,
+    Segment,
+    batches_of,
+    make_index,
+    progress_at,
+    ranges_of,
+    sizes_of,
+)
+from megatron_mer.continual.spec import PlanSpec, problems_of
 from megatron_mer.errors import CheckpointError, ConfigError, Problem
 from megatron_mer.log import get_logger
 
@@ -21,11 +29,13 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the stream as the plan lays it out."""
+    """The part of a stream's entry that one segment trains: all of it, unless a change cuts it."""
 
     task: str
     index: int
-    """Its place in the stream."""
+    """The entry's place in the stream."""
+    segment: int
+    """Index into the plan's segments."""
     first_batch: int
     last_batch: int
     """The batch after its last one; equal to `first_batch` if `trained_before`."""
@@ -39,80 +49,139 @@ class Rows:
     kind: NDArray[np.uint8]
     """(n,) 0 fresh, 1 replay."""
     entry: NDArray[np.int32]
-    """(n,) index of the stream entry that the sample belongs to."""
+    """(n,) index into the plan's entries: the one that the sample belongs to."""
     dataset: NDArray[np.int32]
     """(n,) index into the plan's datasets."""
     sample: NDArray[np.int64]
     """(n,) sample within the dataset."""
     ordinal: NDArray[np.int64]
-    """(n,) number of the fresh row that this one is, or repeats. Entries trained before the run
-    take the first ones, so that the run's own begin at `plan.rows_trained_before`."""
-
-
-class DatasetLedger(TypedDict):
-    """What became of a dataset's samples."""
-
-    fresh: int
-    """Samples trained on as fresh rows."""
-    replayed: int
-    """Samples trained on as replay rows."""
-    skipped: int
-    """Fresh rows of batches without an update: spent, and never replayed."""
-    epochs: float
-    """Fresh and skipped samples over the dataset's samples."""
-
-
-class EntryLedger(TypedDict):
-    """How much of an entry was replay."""
-
-    entry: int
-    task: str
-    replay_rows: int
-    pool_batches: int
-    """Batches that had anything to replay."""
-    replay_share: float | None
-    """Replay rows over all rows of those batches."""
-
-
-class Ledger(TypedDict):
-    """What a number of batches took."""
-
-    batches: int
-    datasets: dict[str, DatasetLedger]
-    tasks: list[EntryLedger]
+    """(n,) number of the fresh row that this one is, or repeats. Rows trained before take theirs
+    when the segment that brings them begins: those of the first segment are the first ones."""
 
 
 class Plan:
-    """Maps (batch, place) to a sample, as a pure function of its specification and its skips.
+    """Maps (batch, place) to a sample, as a pure function of its segments and its skips.
 
     A row takes O(log datasets) time, and nothing is stored a row. Calls may come from several
     threads.
 
     Args:
-        spec: the resolved stream.
+        spec: the resolved stream, trained from its beginning; see `continued` for other plans.
+        allow_exhausted: list datasets that do not last in `exhausted` instead of refusing them.
 
     Raises:
         ConfigError: with every problem of the specification, or with every dataset that would have
             to give more samples than it holds within `max_epochs`.
     """
 
-    def __init__(self, spec: PlanSpec) -> None:
-        problems = problems_of(spec)
+    def __init__(self, spec: PlanSpec, allow_exhausted: bool = False) -> None:
+        self._lay_out([Segment(0, spec)], allow_exhausted)
+
+    @classmethod
+    def from_history(cls, history: Sequence[Mapping[str, Any]]) -> Plan:
+        """Rebuilds a plan with its segments and skipped batches.
+
+        Raises:
+            CheckpointError: it is no history of a plan, or of one that other code laid out.
+        """
+        try:
+            plan = cls._of([_segment(values) for values in history], allow_exhausted=True)
+            for built, saved in zip(plan.history(), history, strict=True):
+                for key in ("batches", "cursors"):
+                    if built[key] != saved[key]:
+                        raise ValueError(f"its {key} are not those that this version lays out")
+        except (KeyError, TypeError, ValueError, ArithmeticError, ConfigError) as error:
+            raise CheckpointError(f"this history cannot be read as a plan: {error!r}") from error
+        return plan
+
+    @classmethod
+    def extended(cls, history: Sequence[Mapping[str, Any]], spec: PlanSpec) -> Plan:
+        """A plan whose last segment goes on as `spec` says, which changes no batch of before.
+
+        Args:
+            history: of the plan that was trained.
+            spec: that of the last segment with entries appended, or with other `max_epochs`.
+
+        Raises:
+            CheckpointError: it is no history of a plan.
+            ConfigError: as for a new plan.
+        """
+        old = cls.from_history(history)
+        *earlier, last = old.segments
+        plan = cls._of([*earlier, replace(last, spec=spec)], allow_exhausted=True)
+        # What skipped batches drove past its limit was warned of, and is too late to refuse.
+        if found := [one for one in plan.exhausted if one not in old.exhausted]:
+            raise ConfigError(found)
+        return plan
+
+    @classmethod
+    def continued(
+        cls,
+        history: Sequence[Mapping[str, Any]],
+        spec: PlanSpec,
+        batch: int,
+        allow_exhausted: bool = False,
+    ) -> Plan:
+        """A plan that goes on with another stream, mix, replay or batch size from a batch on.
+
+        Batches before it stay as they were. The entry in training trains what remains of its
+        length, entries after it all of theirs, and each dataset goes on at its cursor. Entries
+        trained before that the history does not know enter the pool at this batch.
+
+        Args:
+            history: of the plan that was trained.
+            spec: the whole stream, its begun entries at their places; see
+                `continual.history.differences` for what may change.
+            batch: the first batch of the new segment, from the batches that were trained to the old
+                plan's `total_batches`. A segment of the history that would begin later is dropped.
+            allow_exhausted: as for a new plan.
+
+        Raises:
+            CheckpointError: it is no history of a plan.
+            ConfigError: as for a new plan.
+        """
+        old = cls.from_history(history).segments
+        kept = [one for one in old if one.first_batch < batch]
+        return cls._of([*kept, Segment(batch, spec)], allow_exhausted)
+
+    @classmethod
+    def _of(cls, segments: Sequence[Segment], allow_exhausted: bool = False) -> Plan:
+        plan = cls.__new__(cls)
+        plan._lay_out(segments, allow_exhausted)
+        return plan
+
+    def _lay_out(self, segments: Sequence[Segment], allow_exhausted: bool) -> None:
+        if not segments:
+            raise ValueError("a plan needs at least one segment")
+        problems = problems_of(segments[-1].spec)
         if problems:
             raise ConfigError(problems)
-        self.spec = spec
-        self._index = _make_index(spec)
-        self._exhausted = list(self._exhausted_datasets())
-        if self._exhausted:
-            raise ConfigError(self._exhausted)
-        self.datasets: tuple[str, ...] = tuple(spec.datasets)
+        self._index = make_index(segments)
+        self.segments: tuple[Segment, ...] = tuple(segments)
+        """In the order of time; each holds up to the next one's first batch."""
+        self.exhausted: list[Problem] = list(self._exhausted_datasets())
+        """Datasets that have to give more samples than they hold within `max_epochs`."""
+        if self.exhausted and not allow_exhausted:
+            raise ConfigError(self.exhausted)
+        self.dataset_sizes: dict[str, int] = sizes_of(segments)
+        """Samples of each dataset, by name."""
+        self.datasets: tuple[str, ...] = tuple(self.dataset_sizes)
         """Names, each once; `Rows.dataset` counts into them."""
-        self.entries: tuple[Entry, ...] = tuple(
-            Entry(entry.task, index, *self._index.span(index), entry.trained_before)
-            for index, entry in enumerate(spec.stream)
-        )
+        self.entries: tuple[Entry, ...] = tuple(self._spans())
+        """What each segment trains of each entry, in the order of time."""
         self._trained = [entry for entry in self.entries if not entry.trained_before]
         self._ends = [entry.last_batch for entry in self._trained]
+        self._history = [self._segment_json(number) for number in range(len(segments))]
+
+    def _spans(self) -> Iterator[Entry]:
+        for position, _, segment, first, last, before in self._index.spans().tolist():
+            task = self.segments[segment].spec.stream[position].task
+            yield Entry(task, position, segment, first, last, bool(before))
+
+    @property
+    def spec(self) -> PlanSpec:
+        """What the last segment was made from."""
+        return self.segments[-1].spec
 
     @property
     def total_batches(self) -> int:
@@ -121,8 +190,11 @@ class Plan:
 
     @property
     def rows_trained_before(self) -> int:
-        """Fresh rows that stand in the replay pool before batch 0."""
-        return self._index.ordinal_at(0)
+        """Rows that stand in the replay pool before batch 0."""
+        stream = self.segments[0].spec.stream
+        return sum(
+            one.num_samples for entry in stream if entry.trained_before for one in entry.datasets
+        )
 
     @property
     def skipped(self) -> list[int]:
@@ -138,6 +210,33 @@ class Plan:
         if not 0 <= batch < self.total_batches:
             raise ValueError(f"batch {batch} is outside of the plan's {self.total_batches} batches")
         return self._trained[bisect_right(self._ends, batch)]
+
+    def global_batch_size(self, batch: int) -> int:
+        """Rows of a batch.
+
+        Raises:
+            ValueError: the plan has no such batch.
+        """
+        return self._index.global_batch_size(batch)
+
+    def rows_before(self, batch: int) -> int:
+        """Rows of batches 0 to `batch` - 1, fresh and replayed."""
+        ends = [*(segment.first_batch for segment in self.segments[1:]), batch]
+        return sum(
+            max(min(end, batch) - segment.first_batch, 0) * segment.spec.global_batch_size
+            for segment, end in zip(self.segments, ends, strict=True)
+        )
+
+    def datasets_from(self, batch: int) -> list[str]:
+        """Datasets that the rows of a batch and those after it may come from."""
+        replay = self.spec.replay is not None and self.spec.replay.alpha > 0
+        names = [
+            one.name
+            for entry in self.entries
+            if replay or entry.last_batch > batch
+            for one in self.segments[entry.segment].spec.stream[entry.index].datasets
+        ]
+        return list(dict.fromkeys(names))
 
     def rows(self, batch: int, start: int = 0, stop: int | None = None) -> Rows:
         """The rows at places [start, stop) of a batch; only these are computed.
@@ -159,9 +258,13 @@ class Plan:
         """Number of replay rows of a batch; every rank knows it ahead."""
         return self._index.replay_rows(batch)
 
+    def progress_at(self, batch: int) -> Progress:
+        """What batches 0 to `batch` - 1 trained of each entry, by its place in the stream."""
+        return progress_at(self._index, batch)
+
     def fresh_rows_before(self, batch: int) -> int:
         """Number of fresh rows in batches 0 to `batch` - 1; `batch` may be `total_batches`."""
-        return self._index.ordinal_at(batch) - self.rows_trained_before
+        return self._index.fresh_rows_before(batch)
 
     def mark_skipped(self, batch: int) -> None:
         """Notes that a batch was drawn but not trained on: no later batch replays its fresh rows.
@@ -179,18 +282,6 @@ class Plan:
         self._index.mark_skipped(batch)
         self._warn_of_exhausted()
 
-    def restore_skipped(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over the skipped batches of a history that this plan continues.
-
-        Raises:
-            CheckpointError: it is no history of a plan.
-            ValueError: batches were marked already, or the plan has no such batch.
-        """
-        for first, end in _segment(history)["skipped"]:
-            for batch in range(first, end):
-                self._index.mark_skipped(batch)
-        self._warn_of_exhausted()
-
     def ledger(self, batches: int) -> Ledger:
         """What the first `batches` batches took of each dataset, exactly.
 
@@ -204,69 +295,50 @@ class Plan:
         Raises:
             ValueError: the plan has fewer batches.
         """
-        fresh, replayed, skipped, replay_rows, pool_batches = self._index.ledger(batches)
-        datasets: dict[str, DatasetLedger] = {}
-        for place, (name, size) in enumerate(self.spec.datasets.items()):
-            datasets[name] = {
-                "fresh": int(fresh[place]),
-                "replayed": int(replayed[place]),
-                "skipped": int(skipped[place]),
-                "epochs": int(fresh[place] + skipped[place]) / size,
-            }
-        tasks: list[EntryLedger] = []
-        for entry in self._trained:
-            rows = int(replay_rows[entry.index])
-            pool = int(pool_batches[entry.index])
-            tasks.append(
-                {
-                    "entry": entry.index,
-                    "task": entry.task,
-                    "replay_rows": rows,
-                    "pool_batches": pool,
-                    "replay_share": rows / (pool * self.spec.global_batch_size) if pool else None,
-                }
-            )
-        return {"batches": batches, "datasets": datasets, "tasks": tasks}
+        return take_ledger(self._index, self.segments, batches)
 
     def history(self) -> list[dict[str, Any]]:
         """The plan as JSON types, for checkpoints; `from_history` gives an equal plan back.
 
         Returns:
-            One segment: `first_batch`, the specification, `batches` (of each entry), `cursors` (of
-            each dataset, at the segment's start), and `skipped` (ranges [first, end) of batches).
+            For each segment: `first_batch`, the specification, `batches` (that it trains of each
+            entry of its stream), `cursors` (of each dataset, at the segment's start), and `skipped`
+            (ranges [first, end) of batches).
         """
+        ends = [*(segment.first_batch for segment in self.segments[1:]), self.total_batches + 1]
+        skipped = self.skipped
         return [
             {
-                "first_batch": 0,
-                **self.spec.to_json(),
-                "batches": [entry.last_batch - entry.first_batch for entry in self.entries],
-                "cursors": dict.fromkeys(self.datasets, 0),
-                "skipped": _ranges(self.skipped),
+                **values,
+                "skipped": ranges_of([one for one in skipped if segment.first_batch <= one < end]),
             }
+            for values, segment, end in zip(self._history, self.segments, ends, strict=True)
         ]
 
-    @classmethod
-    def from_history(cls, history: Sequence[Mapping[str, Any]]) -> Plan:
-        """Rebuilds a plan with its skipped batches.
-
-        Raises:
-            CheckpointError: it is no history of a plan, or of one that other code laid out.
-        """
-        segment = _segment(history)
-        try:
-            plan = cls(PlanSpec.from_json(segment))
-            if plan.history()[0]["batches"] != segment["batches"]:
-                raise ValueError(f"its entries have {segment['batches']} batches")
-            plan.restore_skipped(history)
-        except (KeyError, TypeError, ValueError, ArithmeticError, ConfigError) as error:
-            raise CheckpointError(f"this history cannot be read as a plan: {error!r}") from error
-        return plan
+    def _segment_json(self, number: int) -> dict[str, Any]:
+        """What of a segment's JSON stays as it is while the run goes on."""
+        segment = self.segments[number]
+        batches = [0] * len(segment.spec.stream)
+        for entry in self.entries:
+            if entry.segment == number:
+                batches[entry.index] = entry.last_batch - entry.first_batch
+        known = sizes_of(self.segments[: number + 1])
+        cursors = self._index.cursors_at(segment.first_batch).tolist()
+        return {
+            "first_batch": segment.first_batch,
+            **segment.spec.to_json(),
+            "batches": batches,
+            "cursors": dict(zip(known, cursors, strict=False)),
+        }
 
     def _exhausted_datasets(self) -> Iterator[Problem]:
-        for index, entry in enumerate(self.spec.stream):
-            if entry.trained_before:
+        """Looks at the last segment: what earlier ones did was decided when they were made."""
+        last = len(self.segments) - 1
+        for span, (index, _, segment, *_, before) in enumerate(self._index.spans().tolist()):
+            if before or segment != last:
                 continue
-            asked_of = self._index.cursors_after(index)
+            entry = self.spec.stream[index]
+            asked_of = self._index.cursors_after(span).tolist()
             for place, (dataset, asked) in enumerate(zip(entry.datasets, asked_of, strict=True)):
                 held = entry.sample_limit(dataset)
                 if asked > held:
@@ -275,68 +347,21 @@ class Plan:
                         f"stream.{index}.train.{place}",
                         f"by the end of task {entry.task!r} dataset {dataset.name!r} would have "
                         f"given {asked} samples ({epochs:.4g} epochs)",
-                        f"{held}, which it holds within max_epochs {entry.max_epochs:g} "
-                        f"({dataset.num_samples} samples)",
+                        f"{held}, which it holds within max_epochs "
+                        f"{entry.epoch_limit(dataset):g} ({dataset.num_samples} samples)",
                         "shorten the task (steps, fresh_tokens), lower the dataset's weight, add "
                         "data, or raise max_epochs",
                     )
 
     def _warn_of_exhausted(self) -> None:
         """Warns once of each dataset that skipped batches drive past its limit."""
-        known = {problem.path for problem in self._exhausted}
+        known = {problem.path for problem in self.exhausted}
         for problem in self._exhausted_datasets():
             if problem.path not in known:
-                self._exhausted.append(problem)
+                self.exhausted.append(problem)
                 logger.warning("after skipped batches, %s", problem)
 
 
-def _make_index(spec: PlanSpec) -> _index.Plan:
-    numbers = {name: number for number, name in enumerate(spec.datasets)}
-    numerator, denominator = spec.replay.alpha.as_integer_ratio() if spec.replay else (0, 1)
-    try:
-        return _index.Plan(
-            seed=spec.seed,
-            global_batch_size=spec.global_batch_size,
-            alpha_numerator=numerator,
-            alpha_denominator=denominator,
-            include_current_task=spec.replay is not None and spec.replay.include_current_task,
-            dataset_keys=np.array([_key(name) for name in numbers], dtype=np.uint64),
-            dataset_sizes=np.array(list(spec.datasets.values()), dtype=np.int64),
-            entries=[_index_entry(entry, numbers, spec.seq_length) for entry in spec.stream],
-        )
-    except ValueError as error:  # more rows than 64-bit integers count
-        raise ConfigError([Problem("stream", str(error))]) from error
-
-
-def _index_entry(entry: EntrySpec, numbers: Mapping[str, int], seq_length: int) -> _index.EntrySpec:
-    weights = [one.weight for one in entry.datasets if one.weight is not None]
-    return _index.EntrySpec(
-        datasets=np.array([numbers[one.name] for one in entry.datasets], dtype=np.int64),
-        weights=np.array(weights, dtype=np.float64),
-        batches=entry.steps or 0,
-        fresh_rows=-(-(entry.fresh_tokens or 0) // seq_length),
-        trained_before=entry.trained_before,
-    )
-
-
-def _key(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-
-
-def _segment(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    if len(history) != 1 or "stream" not in history[0] or "skipped" not in history[0]:
-        raise CheckpointError(
-            f"a plan's history must be one segment with its stream, not {history!r:.200}"
-        )
-    return history[0]
-
-
-def _ranges(batches: Sequence[int]) -> list[list[int]]:
-    """Increasing numbers as ranges [first, end)."""
-    ranges: list[list[int]] = []
-    for batch in batches:
-        if ranges and ranges[-1][1] == batch:
-            ranges[-1][1] += 1
-        else:
-            ranges.append([batch, batch + 1])
-    return ranges
+def _segment(values: Mapping[str, Any]) -> Segment:
+    spec = PlanSpec.from_json(values)
+    return Segment(values["first_batch"], spec, tuple(batches_of(values["skipped"])))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from megatron_mer.errors import Problem
@@ -26,6 +27,12 @@ class DatasetSpec:
     """At least 1."""
     weight: float | None = None
     """Above 0; without one the entry's datasets share by their numbers of samples."""
+    max_epochs: float | None = None
+    """How often it may have been gone through by the end of the entry; None: as the entry says."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as JSON types."""
+        return {**vars(self)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,15 @@ class EntrySpec:
 
     def sample_limit(self, dataset: DatasetSpec) -> int:
         """Samples of a dataset within `max_epochs`, by the decimal number as it was written."""
-        return math.floor(Fraction(str(self.max_epochs)) * dataset.num_samples)
+        return math.floor(Fraction(str(self.epoch_limit(dataset))) * dataset.num_samples)
+
+    def epoch_limit(self, dataset: DatasetSpec) -> float:
+        """`max_epochs` of a dataset: its own or the entry's."""
+        return self.max_epochs if dataset.max_epochs is None else dataset.max_epochs
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as JSON types."""
+        return {**vars(self), "datasets": [one.to_json() for one in self.datasets]}
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,27 @@ class ReplaySpec:
     """Share of the global batch, 0 <= alpha < 1, exact."""
     source: str = "stream"
     policy: str = "uniform"
+    """uniform: each row in the pool alike; equal: each task in it; weights: tasks by `weights`."""
     include_current_task: bool = False
+    weights: Mapping[str, float] | None = None
+    """Share of each task among the replay rows, relative to the others in the pool; 0: never."""
+
+    def task_weights(self, tasks: Sequence[str]) -> list[float]:
+        """The weight of each task, or nothing if tasks do not matter.
+
+        Args:
+            tasks: names; one that the policy does not know is never replayed.
+        """
+        if self.policy == "uniform":
+            return []
+        if self.weights is None:
+            return [1.0] * len(tasks)
+        return [self.weights.get(task, 0.0) for task in tasks]
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as JSON types."""
+        weights = None if self.weights is None else dict(self.weights)
+        return {**vars(self), "alpha": str(self.alpha), "weights": weights}
 
 
 @dataclass(frozen=True)
@@ -71,17 +106,21 @@ class PlanSpec:
     replay: ReplaySpec | None
     stream: tuple[EntrySpec, ...]
 
-    @property
+    @cached_property
     def datasets(self) -> dict[str, int]:
         """Samples of each dataset by its name, in the order of first mention."""
         return {one.name: one.num_samples for entry in self.stream for one in entry.datasets}
 
     def to_json(self) -> dict[str, Any]:
         """The values as JSON types; `from_json` gives an equal specification back."""
-        values = asdict(self)
-        if self.replay is not None:
-            values["replay"]["alpha"] = str(self.replay.alpha)
-        return values
+        # Written out, since dataclasses.asdict takes seconds for thousands of datasets.
+        return {
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+            "seq_length": self.seq_length,
+            "replay": None if self.replay is None else self.replay.to_json(),
+            "stream": [entry.to_json() for entry in self.stream],
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PlanSpec:
@@ -109,7 +148,7 @@ def problems_of(spec: PlanSpec) -> list[Problem]:
     """Everything in a specification that no plan can be made from, by the paths of the YAML."""
     problems = list(_numbers(spec))
     if spec.replay is not None:
-        problems += _replay(spec.replay)
+        problems += _replay(spec.replay, [entry.task for entry in spec.stream])
     if all(entry.trained_before for entry in spec.stream):
         problems.append(
             Problem("stream", "no entry trains a step", "at least one without trained_before")
@@ -142,7 +181,7 @@ def _numbers(spec: PlanSpec) -> Iterator[Problem]:
         yield Problem("model.seq_length", f"{spec.seq_length}", "at least 1")
 
 
-def _replay(replay: ReplaySpec) -> Iterator[Problem]:
+def _replay(replay: ReplaySpec, tasks: Sequence[str]) -> Iterator[Problem]:
     alpha = replay.alpha
     if not (alpha.is_finite() and 0 <= alpha < 1):
         yield Problem("replay.alpha", f"{alpha}", "0 <= alpha < 1")
@@ -150,8 +189,28 @@ def _replay(replay: ReplaySpec) -> Iterator[Problem]:
         yield Problem("replay.alpha", f"{alpha}", "at most 18 decimal places")
     if replay.source != "stream":
         yield Problem("replay.source", replay.source, "stream")
-    if replay.policy != "uniform":
-        yield Problem("replay.policy", replay.policy, "uniform")
+    if replay.policy not in ("uniform", "equal", "weights"):
+        yield Problem("replay.policy", replay.policy, "uniform, equal or weights")
+    if (replay.policy == "weights") != (replay.weights is not None):
+        given = f"{'no ' if replay.weights is None else ''}weights with policy {replay.policy}"
+        yield Problem("replay.weights", given, "weights for the policy weights, and only for it")
+    if replay.weights is not None:
+        yield from _replay_weights(replay.weights, tasks)
+
+
+def _replay_weights(weights: Mapping[str, float], tasks: Sequence[str]) -> Iterator[Problem]:
+    for task in dict.fromkeys([*tasks, *weights]):
+        if task not in weights:
+            yield Problem("replay.weights", f"none for task {task!r}", "one for each task")
+        elif task not in tasks:
+            allowed = f"the tasks of the stream: {', '.join(dict.fromkeys(tasks))}"
+            yield Problem(f"replay.weights.{task}", "no task of the stream", allowed)
+        elif not (math.isfinite(weights[task]) and weights[task] >= 0):
+            yield Problem(
+                f"replay.weights.{task}", f"{weights[task]}", "a finite number, 0 or more"
+            )
+    if not any(weight > 0 for weight in weights.values()):
+        yield Problem("replay.weights", "every task has weight 0", "at least one above 0")
 
 
 def _length(entry: EntrySpec, path: str) -> Iterator[Problem]:
@@ -165,7 +224,7 @@ def _length(entry: EntrySpec, path: str) -> Iterator[Problem]:
     for key, value in lengths.items():
         if value is not None and not 1 <= value <= 2**62:
             yield Problem(f"{path}.{key}", f"{value}", "1 to 2^62")
-    if not (math.isfinite(entry.max_epochs) and entry.max_epochs > 0):
+    if not _is_positive(entry.max_epochs):
         yield Problem(f"{path}.max_epochs", f"{entry.max_epochs}", "a finite number above 0")
 
 
@@ -187,6 +246,14 @@ def _datasets(entry: EntrySpec, path: str) -> Iterator[Problem]:
                 f"dataset {one.name!r} has {one.num_samples} samples",
                 "1 to 2^62",
             )
+        if one.max_epochs is not None and not _is_positive(one.max_epochs):
+            yield Problem(
+                f"{path}.train.{place}.max_epochs", f"{one.max_epochs}", "a finite number above 0"
+            )
+
+
+def _is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
 
 
 def _weights(entry: EntrySpec, path: str) -> Iterator[Problem]:
@@ -199,5 +266,5 @@ def _weights(entry: EntrySpec, path: str) -> Iterator[Problem]:
             "a weight for all datasets of an entry, or for none",
         )
     for place, weight in enumerate(weights):
-        if weight is not None and not (math.isfinite(weight) and weight > 0):
+        if weight is not None and not _is_positive(weight):
             yield Problem(f"{path}.train.{place}.weight", f"{weight}", "a finite number above 0")

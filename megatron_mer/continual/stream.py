@@ -1,4 +1,4 @@
-"""From the stream of a configuration to the plan of a run.
+"""From the stream of a configuration to what a plan is made from.
 
 A run is an index: what stands at a place of a batch follows from the configuration alone, on any
 layout of ranks and after any restart (`continual.plan`; the arithmetic is in csrc/).
@@ -10,23 +10,19 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_mer.config import DatasetConfig, ReplayConfig, TaskConfig
-from megatron_mer.continual.history import differences
-from megatron_mer.continual.plan import Entry, Ledger, Plan, Rows
 from megatron_mer.continual.spec import DatasetSpec, EntrySpec, PlanSpec, ReplaySpec
 from megatron_mer.errors import ConfigError, Problem
 
-__all__ = ["Entry", "Ledger", "Plan", "Rows", "build_plan", "differences"]
 
-
-def build_plan(
+def plan_spec(
     stream: Sequence[TaskConfig],
     replay: ReplayConfig | None,
     seed: int,
     global_batch_size: int,
     seq_length: int,
     dataset_sizes: Mapping[str, int],
-) -> Plan:
-    """Decides every row of a run.
+) -> PlanSpec:
+    """Resolves what decides every row of a run; `Plan` lays it out.
 
     - Inside a dataset: each epoch is a permutation keyed by (seed, dataset name, epoch). A name
       that comes again in a later entry goes on where the earlier one left it.
@@ -37,11 +33,14 @@ def build_plan(
       an entry longer (fixed fresh).
     - Replay: in the first t batches of an entry floor(alpha N t) rows are replay rows, each a
       uniform draw, keyed by (seed, batch, row), over the fresh rows of earlier entries, or with
-      `include_current_task` over all fresh rows of earlier batches. Skipped batches are left out.
-      While there is nothing to draw from, batches are all fresh.
+      `include_current_task` over all fresh rows of earlier batches. Policies `equal` and `weights`
+      apportion an entry's replay rows to the tasks that the pool holds, exact to two rows at any
+      time, and draw uniformly inside a task. Skipped batches are left out. While there is nothing
+      to draw from, batches are all fresh.
     - `trained_before`: as many rows as its datasets have samples, blended by their weights, are in
-      the pool from batch 0, wherever the entry stands. It moves no dataset's cursor, and
-      `max_epochs` does not concern it: a dataset that is also trained on starts at its beginning.
+      the pool from the first batch of the plan, wherever the entry stands. It moves no dataset's
+      cursor, and `max_epochs` does not concern it: a dataset that is also trained on starts at its
+      beginning.
     - Order: the rows of a batch lie in an order keyed by (seed, batch).
 
     Args:
@@ -53,20 +52,17 @@ def build_plan(
         dataset_sizes: samples of each dataset by name; more names than the stream has do no harm.
 
     Raises:
-        ConfigError: with every problem: a dataset without a size, two datasets under one name, bad
-            weights or lengths, or data that does not last.
+        ConfigError: a dataset without a size, or two datasets under one name.
     """
     problems = [*_missing_sizes(stream, dataset_sizes), *_shared_names(stream)]
     if problems:
         raise ConfigError(problems)
-    return Plan(
-        PlanSpec(
-            seed=seed,
-            global_batch_size=global_batch_size,
-            seq_length=seq_length,
-            replay=None if replay is None else _replay_spec(replay),
-            stream=tuple(_entry_spec(task, dataset_sizes) for task in stream),
-        )
+    return PlanSpec(
+        seed=seed,
+        global_batch_size=global_batch_size,
+        seq_length=seq_length,
+        replay=None if replay is None else _replay_spec(replay),
+        stream=tuple(_entry_spec(task, dataset_sizes) for task in stream),
     )
 
 
@@ -108,6 +104,7 @@ def _replay_spec(replay: ReplayConfig) -> ReplaySpec:
         source=replay.source,
         policy=replay.policy,
         include_current_task=replay.include_current_task,
+        weights=replay.weights,
     )
 
 
@@ -115,7 +112,8 @@ def _entry_spec(task: TaskConfig, sizes: Mapping[str, int]) -> EntrySpec:
     return EntrySpec(
         task=task.task,
         datasets=tuple(
-            DatasetSpec(one.name, int(sizes[one.name]), one.weight) for one in task.train
+            DatasetSpec(one.name, int(sizes[one.name]), one.weight, one.max_epochs)
+            for one in task.train
         ),
         steps=task.steps,
         fresh_tokens=task.fresh_tokens,

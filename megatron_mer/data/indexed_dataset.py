@@ -177,6 +177,10 @@ class IndexedDataset:
                         "changed since it was written: tokenize the corpus again"
                     )
 
+    def content_id(self) -> str:
+        """What tells this content from another: the sidecar's checksum of the `.bin` file."""
+        return self.sidecar.bin_sha256 if self.sidecar else ""
+
     def close(self) -> None:
         """Release the open files; the next read opens them again. Arrays stay valid."""
         with self._lock:

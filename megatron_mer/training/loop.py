@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mer.checkpoint import save_checkpoint
+from megatron_mer.continual.plan import Entry
 from megatron_mer.continual.reptile import Reptile, ReptileUpdate
-from megatron_mer.continual.stream import Entry
 from megatron_mer.data.loader import TrainLoader
 from megatron_mer.engine.distributed import all_true
 from megatron_mer.engine.training_engine import StepOutcome, TrainingEngine
@@ -71,6 +71,7 @@ class Trainer:
         self.world_size = world_size
         self.evaluator = Evaluator(prepared.valid, engine, prepared.config.batch.micro_batch_size)
         self._prepared = prepared
+        self._settings = settings(prepared)
         self._saved_at = -1
         self._logged_at = 0.0
 
@@ -170,7 +171,7 @@ class Trainer:
             "loss_replay": _finite(outcome.loss_replay),
             "grad_norm": _finite(outcome.grad_norm),
             "replay_rows": self.plan.replay_rows(batch),
-            "consumed_samples": self.state.batches * rows,
+            "consumed_samples": self.plan.rows_before(self.state.batches),
             "consumed_fresh_samples": self.plan.fresh_rows_before(self.state.batches),
             "step_seconds": round(seconds, 6),
             "tokens_per_second": round(tokens / seconds, 1),
@@ -251,7 +252,7 @@ class Trainer:
             fragments=self.engine.fragments(self.reptile.tensors() if self.reptile else {}),
             run_state=self.state.to_json(
                 history=self.plan.history(),
-                settings=settings(self._prepared),
+                settings=self._settings,
                 reptile=self.reptile.counters() if self.reptile else None,
             ),
             rank=self.rank,

@@ -44,6 +44,10 @@ class RunDirectory:
         self._metrics = self.root / "metrics.jsonl"
         self._evaluations = self.root / "evaluations.jsonl"
 
+    def has_checkpoint(self) -> bool:
+        """Whether a start would look for something to resume from."""
+        return any(self.checkpoints.glob("step_*"))
+
     def make(self) -> None:
         """Make the directory.
 

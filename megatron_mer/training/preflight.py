@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from megatron_mer.config import RunConfig, check_layout, resolve_vocab
-from megatron_mer.continual.stream import Plan, build_plan
+from megatron_mer.continual.plan import Plan
+from megatron_mer.continual.stream import plan_spec
 from megatron_mer.data.evaluation_set import EvaluationSet
 from megatron_mer.data.indexed_dataset import IndexedDataset
 from megatron_mer.data.packing import num_samples
 from megatron_mer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mer.errors import ConfigError, DataError, Problem
 from megatron_mer.optim.schedule import check_schedule
+from megatron_mer.training.outputs import RunDirectory
 
 T = TypeVar("T")
 
@@ -31,17 +33,21 @@ class Prepared:
     valid: Mapping[str, EvaluationSet]
     """Held-out sets by name."""
     plan: Plan
+    """From batch 0; a resumed run has its own, see `training.resume`."""
 
 
-def prepare(config: RunConfig, world_size: int) -> Prepared:
+def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared:
     """Open what a run reads and decide its plan. Reads no token and imports no torch.
 
     Args:
         config: as ``load_config`` gave it.
         world_size: number of ranks.
+        fresh: the run begins anew, whatever lies in its directory.
 
     Raises:
         ConfigError: with every problem that was found in layout, tokenizer, datasets and plan.
+            Whether the data of a run with checkpoints last is decided where it is resumed: a plan
+            that was changed on the way asks for other samples than one that begins now.
     """
     problems: list[Problem] = []
     tokenizer = _collect(problems, "tokenizer", lambda: load_tokenizer(config.tokenizer))
@@ -55,15 +61,16 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     valid = dict(_open_valid(config, tokenizer, problems))
     plan = None
     if not problems:
-        plan = _collect(problems, "stream", lambda: _plan(config, training))
+        started = not fresh and RunDirectory(config.output_dir).has_checkpoint()
+        plan = _collect(problems, "stream", lambda: _plan(config, training, started))
     if problems or tokenizer is None or plan is None:
         raise ConfigError(problems)
     return Prepared(config, tokenizer, training, valid, plan)
 
 
-def _plan(config: RunConfig, training: Mapping[str, IndexedDataset]) -> Plan:
+def _plan(config: RunConfig, training: Mapping[str, IndexedDataset], started: bool) -> Plan:
     seq_length = config.model.seq_length
-    plan = build_plan(
+    spec = plan_spec(
         stream=config.stream,
         replay=config.replay,
         seed=config.seed,
@@ -74,8 +81,8 @@ def _plan(config: RunConfig, training: Mapping[str, IndexedDataset]) -> Plan:
             for name, dataset in training.items()
         },
     )
-    schedule = config.schedule
-    check_schedule(schedule, config.optimizer.lr, schedule.total_steps or plan.total_batches)
+    plan = Plan(spec, allow_exhausted=started)
+    check_schedule(config.schedule, config.optimizer.lr, plan.total_batches)
     return plan
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_mer.config import ReptileConfig, RunConfig
-from megatron_mer.continual.stream import differences
-from megatron_mer.errors import ConfigError, Problem
-from megatron_mer.log import get_logger
+from megatron_mer.continual.history import KINDS, Difference, differences
+from megatron_mer.continual.plan import Plan
+from megatron_mer.data.indexed_dataset import IndexedDataset
+from megatron_mer.errors import ConfigError, DataError, Problem
+from megatron_mer.optim.schedule import horizon, horizon_problems
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.run_state import RunState
-
-logger = get_logger(__name__)
 
 _REMEDY = "undo the change, or begin anew with --fresh"
 
@@ -30,9 +31,9 @@ def settings(prepared: Prepared) -> dict[str, Any]:
         "tokenizer": prepared.tokenizer.fingerprint,
         "tp_size": config.parallel.tp_size,
         "eod_mask_loss": config.batch.eod_mask_loss,
-        "content": {
-            name: dataset.sidecar.bin_sha256 if dataset.sidecar else None
-            for name, dataset in prepared.datasets.items()
+        "content": {name: data.content_id() for name, data in prepared.datasets.items()},
+        "prefixes": {
+            name: os.path.abspath(data.prefix) for name, data in prepared.datasets.items()
         },
         "evaluate": asdict(config.evaluate) if config.evaluate else None,
         "optimizer": _json(asdict(config.optimizer)),
@@ -45,40 +46,106 @@ def _json(section: dict[str, Any]) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else v for key, v in section.items()}
 
 
-def resumed_state(prepared: Prepared, saved: Mapping[str, Any]) -> RunState:
-    """The counters of a checkpoint, after checking that this configuration may continue it.
+def resumed(
+    prepared: Prepared, saved: Mapping[str, Any], accept: Collection[str] = ()
+) -> tuple[Prepared, RunState]:
+    """The run that goes on from a checkpoint, after checking that this configuration may do so.
 
     Args:
-        prepared: the checked run; the batches that were skipped are marked in its plan.
+        prepared: the checked run; its plan begins at batch 0.
         saved: the checkpoint's run state.
+        accept: kinds of changes to the plan that the user wants, of `continual.history.KINDS`.
+
+    Returns:
+        The run with the plan that continues the checkpoint's, and its counters.
 
     Raises:
-        ConfigError: with every difference that would change what was trained, or that the
-            checkpoint has no weights for.
+        ConfigError: with every difference that is not accepted, would change what was trained, or
+            that the checkpoint has no weights for.
         CheckpointError: the run state is of another version.
     """
     state = RunState.from_json(saved)
-    problems = [
-        Problem("resume", given=difference, remedy=_REMEDY)
-        for difference in differences(saved["history"], prepared.plan)
-    ]
+    found = differences(saved["history"], prepared.plan.spec, state.batches)
+    problems = [_refused(one) for one in found if one.accept is None or one.accept not in accept]
     problems += _fixed(saved["settings"], settings(prepared))
     problems += _reptile(saved, prepared.config)
-    problems += _horizon(prepared, state)
+    if not problems:
+        plan = _plan(prepared, saved, found)
+        datasets = {**prepared.datasets, **dict(_retired(prepared, plan, saved))}
+        prepared = replace(prepared, plan=plan, datasets=datasets)
+        problems += horizon_problems(
+            prepared.config.schedule,
+            prepared.config.optimizer.lr,
+            state.horizon,
+            state.updates,
+            prepared.plan.total_batches,
+        )
     if problems:
         raise ConfigError(problems)
-    prepared.plan.restore_skipped(saved["history"])
-    return state
+    # A constant may be given an end in mid-run; a cosine's is the same number.
+    state.horizon = horizon(prepared.config.schedule, state.horizon)
+    return prepared, state
 
 
-def changes(prepared: Prepared, saved: Mapping[str, Any]) -> list[str]:
+def _plan(prepared: Prepared, saved: Mapping[str, Any], accepted: list[Difference]) -> Plan:
+    spec = prepared.plan.spec
+    if not accepted:
+        return Plan.extended(saved["history"], spec)
+    return Plan.continued(saved["history"], spec, min(one.batch for one in accepted))
+
+
+def _retired(
+    prepared: Prepared, plan: Plan, saved: Mapping[str, Any]
+) -> Iterator[tuple[str, IndexedDataset]]:
+    """Opens what left the configuration but may still be replayed, from where it lay.
+
+    Raises:
+        ConfigError: it is not there any more, or has other content.
+    """
+    for name in plan.datasets_from(int(saved["batches"])):
+        if name in prepared.datasets:
+            continue
+        prefix = str(saved["settings"].get("prefixes", {}).get(name, name))
+        text = f"dataset {name!r}, trained on and now in the replay pool, left the configuration"
+        remedy = "bring it back, go on without replay, or begin anew with --fresh"
+        try:
+            dataset = IndexedDataset(prefix)
+        except DataError as error:
+            given = f"{text}, and where it lay it cannot be read: {error}"
+            raise ConfigError([Problem("stream", given=given, remedy=remedy)]) from error
+        if dataset.content_id() != saved["settings"]["content"].get(name):
+            given = f"{text}, and {prefix} has other content now"
+            raise ConfigError([Problem("stream", given=given, remedy=remedy)])
+        yield name, dataset
+
+
+def _refused(difference: Difference) -> Problem:
+    if difference.accept is None:
+        remedy = f"{difference.remedy}, or begin anew with --fresh"
+        return Problem("resume", given=str(difference), remedy=remedy)
+    remedy = (
+        f"accept it with --accept {difference.accept} ({KINDS[difference.accept]}), undo it, or "
+        "begin anew with --fresh"
+    )
+    return Problem("resume", given=str(difference), remedy=remedy)
+
+
+def changes(
+    prepared: Prepared, saved: Mapping[str, Any], accept: Collection[str] = ()
+) -> list[str]:
     """The changes that a resumed run takes up from here on, a line each."""
+    found = differences(saved["history"], prepared.plan.spec, int(saved["batches"]))
+    unused = sorted(set(accept) - {one.accept for one in found})
     was, now = saved["settings"], settings(prepared)
     return [
-        f"{section}.{key} was {(was[section] or {}).get(key)}, is {value} from here on"
-        for section in _FREE
-        for key in {**(was[section] or {}), **(now[section] or {})}
-        if (was[section] or {}).get(key) != (value := (now[section] or {}).get(key))
+        *(f"accepted, {one}" for one in found),
+        *(f"--accept {kind}: nothing of the kind changed" for kind in unused),
+        *(
+            f"{section}.{key} was {(was[section] or {}).get(key)}, is {value} from here on"
+            for section in _FREE
+            for key in {**(was[section] or {}), **(now[section] or {})}
+            if (was[section] or {}).get(key) != (value := (now[section] or {}).get(key))
+        ),
     ]
 
 
@@ -100,17 +167,27 @@ def _fixed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     if was["eod_mask_loss"] != now["eod_mask_loss"]:
         given = f"given {now['eod_mask_loss']}, but the run began with {was['eod_mask_loss']}"
         yield Problem("batch.eod_mask_loss", given, remedy=_REMEDY)
-    for name, checksum in now["content"].items():
-        if name in was["content"] and was["content"][name] != checksum:
-            given = (
-                f"dataset {name!r} has the SHA-256 {str(checksum)[:16]}..., the run began with "
-                f"{str(was['content'][name])[:16]}...: its content changed"
-            )
-            yield Problem("stream", given, remedy="bring the old one back, or give it another name")
+    yield from _content(was, now)
     if was["tp_size"] != now["tp_size"]:
         given = f"given {now['tp_size']}, but the checkpoint is cut for {was['tp_size']}"
         remedy = "resume with the same; pp_size and the number of data-parallel ranks may change"
         yield Problem("parallel.tp_size", given, str(was["tp_size"]), remedy)
+
+
+def _content(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
+    """A name stands for the same data for good, and the same data for one name."""
+    names = {content: name for name, content in was["content"].items() if content}
+    places = {prefix: name for name, prefix in was.get("prefixes", {}).items()}
+    for name, content in now["content"].items():
+        old = was["content"].get(name)
+        known = names.get(content) or places.get(now["prefixes"][name])
+        if old is not None and old != content:
+            given = f"dataset {name!r} has the content {content:.22}..., the run began with "
+            given += f"{old:.22}...: its content changed"
+            yield Problem("stream", given, remedy="bring it back, or give the new another name")
+        elif name not in was["content"] and known is not None:
+            given = f"dataset {name!r} is what the run knows as {known!r}: it would be seen twice"
+            yield Problem("stream", given, remedy=f"write `name: {known}` beside its prefix")
 
 
 def _kinds(reptile: Mapping[str, Any] | None) -> tuple[bool, ...]:
@@ -142,21 +219,3 @@ def _describe(reptile: Mapping[str, Any] | None) -> str:
     if reptile is None:
         return "no reptile section"
     return f"reptile momentum {reptile['momentum']}, track_cosine {reptile['track_cosine']}"
-
-
-def _horizon(prepared: Prepared, state: RunState) -> Iterator[Problem]:
-    """The learning-rate schedule's length is fixed at first launch."""
-    schedule, total = prepared.config.schedule, prepared.plan.total_batches
-    if schedule.kind == "constant":
-        return
-    wanted = schedule.total_steps
-    if wanted is not None and wanted != state.horizon:
-        given = f"{wanted}, but the run began with a schedule of {state.horizon} steps"
-        yield Problem("schedule.total_steps", given, str(state.horizon), _REMEDY)
-    if wanted is None and total > state.horizon:
-        given = (
-            f"now {total} batches, but the learning-rate schedule was fixed at first launch to end "
-            f"after {state.horizon} steps, where the rate is {schedule.min_lr:g}"
-        )
-        allowed = f"schedule.total_steps: {state.horizon}, which trains what follows at that rate"
-        yield Problem("stream", given, allowed, "say so explicitly, or begin anew with --fresh")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,27 @@ from megatron_mer.config import to_yaml
 from megatron_mer.continual.reptile import Reptile
 from megatron_mer.engine.distributed import device, start_distributed
 from megatron_mer.engine.training_engine import TrainingEngine
-from megatron_mer.errors import CheckpointError, MegatronMerError
+from megatron_mer.errors import CheckpointError, ConfigError, MegatronMerError
 from megatron_mer.log import get_logger, setup_logging
+from megatron_mer.optim.schedule import end_of_schedule, horizon, lr_at
 from megatron_mer.parallel import Layout
 from megatron_mer.training.loop import Trainer
 from megatron_mer.training.outputs import RunDirectory, Status
 from megatron_mer.training.preflight import Prepared
-from megatron_mer.training.resume import changes, resumed_state
+from megatron_mer.training.resume import changes, resumed
 from megatron_mer.training.run_state import RunState
 from megatron_mer.training.summary import show_results, write_results
 
 logger = get_logger(__name__)
 
 
-def run(prepared: Prepared, rank: int, world_size: int, fresh: bool) -> None:
+def run(
+    prepared: Prepared,
+    rank: int,
+    world_size: int,
+    fresh: bool,
+    accept: Collection[str] = (),
+) -> None:
     """Train a prepared run to its end, from its newest checkpoint if it has one.
 
     Args:
@@ -34,6 +42,7 @@ def run(prepared: Prepared, rank: int, world_size: int, fresh: bool) -> None:
         rank: this rank.
         world_size: number of ranks.
         fresh: begin anew; an earlier run's directory is renamed, not deleted.
+        accept: kinds of changes to the plan that a resumed run takes up, see `training.resume`.
 
     Raises:
         ConfigError: the configuration may not continue the run that is there; it stays as it was.
@@ -43,7 +52,7 @@ def run(prepared: Prepared, rank: int, world_size: int, fresh: bool) -> None:
     start_distributed()
     _prepare_directory(outputs, rank, fresh)
     info = _agreed_checkpoint(outputs, rank)
-    state = _state(prepared, info)
+    prepared, state = _state(prepared, info, accept)
     setup_logging(rank, outputs.log_file if rank == 0 else None)
     if state.batches >= prepared.plan.total_batches:
         _end(prepared, outputs, state, rank)
@@ -52,7 +61,7 @@ def run(prepared: Prepared, rank: int, world_size: int, fresh: bool) -> None:
         outputs.write_status("running", state.updates)
     dist.barrier()
     try:
-        _train(prepared, outputs, info, state, rank, world_size)
+        _train(prepared, outputs, info, state, rank, world_size, accept)
     except KeyboardInterrupt:
         _note(outputs, "stopped", "interrupted; start again to resume from the last checkpoint")
         raise
@@ -117,10 +126,15 @@ def _agreed_checkpoint(outputs: RunDirectory, rank: int) -> CheckpointInfo | Non
     return CheckpointInfo(step, Path(path), run_state)
 
 
-def _state(prepared: Prepared, info: CheckpointInfo | None) -> RunState:
-    if info is None:
-        return RunState(horizon=prepared.config.schedule.total_steps or prepared.plan.total_batches)
-    return resumed_state(prepared, info.run_state)
+def _state(
+    prepared: Prepared, info: CheckpointInfo | None, accept: Collection[str]
+) -> tuple[Prepared, RunState]:
+    if info is not None:
+        return resumed(prepared, info.run_state, accept)
+    if prepared.plan.exhausted:
+        raise ConfigError(prepared.plan.exhausted)
+    steps = horizon(prepared.config.schedule, prepared.plan.total_batches)
+    return prepared, RunState(horizon=steps)
 
 
 def _train(
@@ -130,6 +144,7 @@ def _train(
     state: RunState,
     rank: int,
     world_size: int,
+    accept: Collection[str],
 ) -> None:
     config = prepared.config
     layout = Layout.of(config.parallel, world_size)
@@ -142,7 +157,7 @@ def _train(
             reptile.restore_counters(info.run_state["reptile"])
     dist.barrier()
     if rank == 0:
-        _record_start(prepared, outputs, info, state, world_size)
+        _record_start(prepared, outputs, info, state, world_size, accept)
     Trainer(prepared, engine, reptile, state, outputs, rank, world_size).run()
 
 
@@ -152,6 +167,7 @@ def _record_start(
     info: CheckpointInfo | None,
     state: RunState,
     world_size: int,
+    accept: Collection[str],
 ) -> None:
     outputs.cut_to(state.batches)
     outputs.write_text("config.yaml", to_yaml(prepared.config))
@@ -167,15 +183,13 @@ def _record_start(
         ", ".join(entry.task for entry in plan.entries if not entry.trained_before),
         os.getpid(),
     )
-    if config.schedule.kind == "cosine" and plan.total_batches > state.horizon:
-        logger.info(
-            "the schedule ends after step %d; what follows trains at %g",
-            state.horizon,
-            config.schedule.min_lr,
-        )
+    last = end_of_schedule(config.schedule, state.horizon)
+    if last is not None and plan.total_batches > last:
+        rate = lr_at(config.schedule, config.optimizer.lr, state.horizon, last)
+        logger.info("the schedule ends after step %d; what follows trains at %g", last, rate)
     if info is not None:
         logger.info("resuming after batch %d (step %d)", state.batches, state.updates)
-        for line in changes(prepared, info.run_state):
+        for line in changes(prepared, info.run_state, accept):
             logger.info("%s", line)
 
 

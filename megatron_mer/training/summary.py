@@ -40,10 +40,14 @@ def write_results(outputs: RunDirectory, prepared: Prepared, state: RunState) ->
         "steps": state.updates,
         "batches": state.batches,
         "skipped_batches": skipped,
-        "tokens": state.batches * config.batch.global_batch_size * config.model.seq_length,
+        "tokens": plan.rows_before(state.batches) * config.model.seq_length,
         "wall_seconds": round(state.seconds, 1),
         # By entry, since a task may come again: labels as in the matrix.
-        "replay_share": {f"{t['entry']} {t['task']}": t["replay_share"] for t in ledger["tasks"]},
+        "replay_share": {
+            f"{t['entry']} {t['task']}": t["replay_share"]
+            for t in ledger["tasks"]
+            if not t["trained_before"]
+        },
     }
     if evaluations:
         summary = _with_losses(prepared, evaluations, summary)

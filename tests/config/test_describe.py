@@ -28,8 +28,9 @@ def written_keys(data: Any, path: str = "") -> set[str]:
 
 def test_the_reference_has_exactly_the_keys_of_the_schema() -> None:
     written = written_keys(read_yaml(REFERENCE.read_text(), "reference").data)
-    # Names of held-out sets are the user's.
-    written = {key for key in written if not key.startswith("stream.N.valid.")}
+    # Names of held-out sets and of tasks are the user's.
+    by_user = ("stream.N.valid.", "replay.weights.")
+    written = {key for key in written if not key.startswith(by_user)}
     assert written == set(keys())
 
 
@@ -76,6 +77,12 @@ def test_ranges_and_defaults_are_told() -> None:
     assert "--reptile.epsilon: a number >= 0 and <= 1 (required)" in text
     assert "--parallel.tp_size: a whole number >= 1 (default: 1)" in text
     assert "--schedule.kind: cosine | constant (default: cosine)" in text
+    assert "--schedule.then: a list (default: [])" in text
+    assert "--schedule.then.N.lr: a number > 0 (required)" in text
+    assert "--replay.weights: a section {name: a number >= 0} or null\n" in text
+    assert (
+        "--stream.N.valid: a prefix, or a section of prefixes by name {name: P} or null\n" in text
+    )
     assert (
         "--optimizer.betas: a list of 2, each a number >= 0 and < 1 (default: [0.9, 0.95])" in text
     )

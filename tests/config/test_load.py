@@ -111,6 +111,24 @@ def test_both_forms_of_an_override(base: Path) -> None:
     assert load_config(base, ["--replay.alpha", "0.5", "--replay", "null"]).replay is None
 
 
+def test_the_empty_list_of_segments_is_none_at_all(base: Path) -> None:
+    then = "[{kind: constant, lr: 1}]"
+    overrides = ["--schedule.total_steps=9", "--schedule.then", then, "--schedule.then.0.lr=2e-4"]
+    (segment,) = load_config(base, overrides).schedule.then
+    assert (segment.kind, segment.steps, segment.lr) == ("constant", None, 2e-4)
+    assert load_config(base, [*overrides, "--schedule.then=[]"]).schedule.then == ()
+
+
+def test_weights_of_tasks_can_be_patched(base: Path) -> None:
+    weights = ["--replay.alpha=0.5", "--replay.policy=weights", "--replay.weights.en", "0.5"]
+    config = load_config(base, [*weights, "--replay.weights.fr=2"])
+    assert config.replay is not None
+    assert config.replay.weights == {"en": 0.5, "fr": 2.0}
+    assert load_config(base, [*weights, "--replay.weights", "{en: 1, fr: 0}"]).replay is not None
+    with pytest.raises(ConfigError, match=r"no weight for \['fr'\]"):
+        load_config(base, weights)
+
+
 def test_a_task_may_return(base: Path) -> None:
     stream = "[{task: en, train: a/en, valid: a/v, steps: 1}, {task: fr, train: a/fr, steps: 1}, "
     stream += "{task: en, train: a/en, valid: a/v, steps: 1}]"
@@ -166,6 +184,9 @@ def test_written_back_it_loads_equal(base: Path, tmp_path: Path) -> None:
             *("--replay.alpha", "0.29", "--reptile", "{k: 3, epsilon: 1}"),
             *("--stream.0.valid", "{no: a/no, '1e3': a/b}", "--model.vocab_size", "64"),
             *("--evaluate", "{}", "--optimizer.eps", "1e-12"),
+            *("--replay.policy=weights", "--replay.weights={en: 0.1, fr: 0}"),
+            *("--schedule.total_steps=9", "--schedule.then=[{kind: constant, lr: 3e-5}]"),
+            *("--stream.0.train.0.max_epochs", "2.5"),
         ],
     )
     written = tmp_path / "written.yaml"

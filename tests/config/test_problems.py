@@ -39,12 +39,20 @@ SINGLE = [
     ("--schedule.min_lr=0.01", "schedule.min_lr: 0.01 is above", "0 to 0.001"),
     ("--schedule.warmup_steps=21", "schedule.warmup_steps: 21 steps", "schedule of 20"),
     ("--schedule={kind: constant, min_lr: 1e-4}", "schedule.min_lr: given 0.0001", "constant"),
+    ("--schedule={kind: constant, total_steps: 9}", "schedule.total_steps: given 9", "then"),
+    ("--schedule.then=3", "schedule.then: given 3", "a list of sections"),
+    ("--schedule.then=[{kind: cosine}]", "schedule.then.0.lr: missing", "a number > 0"),
+    ("--schedule.then=[{kind: constant, lr: 1}]", "schedule.total_steps: missing", "begins"),
+    ("--schedule.then=[{kind: cosine, lr: 1}]", "schedule.then.0.steps: missing", "constant"),
     ("--replay.alpha=1.0", "replay.alpha: given 1.0", "no fresh row"),
     ("--replay.alpha=-0.1", "replay.alpha: given -0.1", ">= 0"),
     ("--replay.alpha=0.1234567891", "replay.alpha: given 0.1234567891", "9 decimal places"),
     ("--replay.alpha=.nan", "replay.alpha: given NaN", "decimal fraction"),
     ("--replay.alpha=false", "replay.alpha: given false", "decimal fraction"),
     ("--replay={}", "replay.alpha: missing", "add it"),
+    ("--replay.policy=fair", "replay.policy: given 'fair'", "uniform | equal | weights"),
+    ("--replay.weights.fr=-1", "replay.weights.fr: given -1", "a number >= 0"),
+    ("--replay.weights=[1, 2]", "replay.weights: given [1, 2]", "{name: a number >= 0}"),
     ("--replay=0.5", "replay: given 0.5", "a section with the keys alpha"),
     ("--reptile={k: 5}", "reptile.epsilon: missing", ">= 0 and <= 1"),
     ("--reptile={k: 0, epsilon: 1}", "reptile.k: given 0", ">= 1"),
@@ -63,6 +71,7 @@ SINGLE = [
     ("--stream.0.steps=null", "stream.0: has no length", "either steps or fresh_tokens"),
     ("--stream.0.fresh_tokens=9", "stream.0: given steps 10 and fresh_tokens 9", "either"),
     ("--stream.0.max_epochs=0", "stream.0.max_epochs: given 0", "> 0"),
+    ("--stream.0.train.0.max_epochs=0", "stream.0.train.0.max_epochs: given 0", "> 0"),
     ("--stream.0.valid=[a]", "stream.0.valid: given ['a']", "by name"),
     ("--stream.0.train=[a/x.bin]", "stream.0.train.0.prefix: given 'a/x.bin'", "write a/x"),
     ("--stream.0.train=[a/x, a/x]", "stream.0.train: the dataset 'x' stands here 2", "once"),
@@ -98,12 +107,78 @@ def test_entries_trained_before(refused: Refused, base: Path) -> None:
     en = "{task: en, train: [en], steps: 5}"
     replay = "--replay.alpha=0.5"
     assert len(load_config(base, [f"--stream=[{before}, {en}]", replay]).stream) == 2
-    (line,) = refused(f"--stream=[{en}, {before}]", replay)
-    assert line.startswith("stream.1.trained_before: given true after stream.0")
+    # A resumed run may add one behind what was begun.
+    assert load_config(base, [f"--stream=[{en}, {before}]", replay]).stream[1].trained_before
     (line,) = refused(f"--stream=[{before}]", replay)
     assert line.startswith("stream: each of the 1 entries has trained_before")
     (line,) = refused(f"--stream=[{before}, {en}]")
     assert "without replay: and valid: has no effect" in line
+    epochs = "[{prefix: a, max_epochs: 2}, b, {prefix: c, max_epochs: 1}]"
+    lines = refused(f"--stream=[{before}, {en}]", replay, "--stream.0.train", epochs)
+    assert [line.partition(":")[0] for line in lines] == [
+        "stream.0.train.0.max_epochs",
+        "stream.0.train.2.max_epochs",
+    ]
+    assert "given 2 in an entry with trained_before" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("replay", "begins", "holds"),
+    [
+        ("weights: {en: 1, fr: 1}", "replay.weights: given, which policy uniform", "nothing"),
+        ("policy: equal, weights: {}", "replay.weights: given, which policy equal", "nothing"),
+        ("policy: weights", "replay.weights: missing", "each of the tasks ['en', 'fr']"),
+        ("policy: weights, weights: {en: 1}", "replay.weights: no weight for ['fr']", "0 means"),
+        (
+            "policy: weights, weights: {en: 1, fr: 1, frr: 1}",
+            "replay.weights.frr: the stream has no task 'frr'",
+            "did you mean fr?",
+        ),
+        ("policy: weights, weights: {en: 0, fr: 0.0}", "replay.weights: each weight is 0", "above"),
+    ],
+)
+def test_weights_of_tasks(refused: Refused, replay: str, begins: str, holds: str) -> None:
+    (line,) = refused(f"--replay={{alpha: 0.5, {replay}}}")
+    assert line.startswith(begins)
+    assert holds in line
+
+
+def test_all_problems_of_weights_together(refused: Refused) -> None:
+    lines = refused("--replay={alpha: 0.5, policy: weights, weights: {de: 0, it: 0, en: 0}}")
+    assert [line.partition(":")[0] for line in lines] == [
+        "replay.weights.de",
+        "replay.weights.it",
+        "replay.weights",
+        "replay.weights",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("then", "begins", "holds"),
+    [
+        ("{kind: constant, lr: 1, min_lr: 0.5}", "0.min_lr: given 0.5", "constant"),
+        ("{kind: cosine, steps: 5, lr: 1e-4, min_lr: 1e-3}", "0.min_lr: 0.001", "0 to 0.0001"),
+        ("{kind: cosine, steps: 5, lr: 1, warmup_steps: 5}", "0.warmup_steps: 5", "0 to 4"),
+        ("{kind: constant, steps: 5, lr: 1, warmup_steps: 6}", "0.warmup_steps: 6", "0 to 5"),
+        ("{kind: constant, lr: 1}, {kind: constant, lr: 1}", "0.steps: missing", "another"),
+        ("{kind: linear, lr: 1}", "0.kind: given 'linear'", "cosine | constant"),
+    ],
+)
+def test_segments_of_the_schedule(refused: Refused, then: str, begins: str, holds: str) -> None:
+    (line,) = refused("--schedule.total_steps=20", f"--schedule.then=[{then}]")
+    assert line.startswith(f"schedule.then.{begins}")
+    assert holds in line
+
+
+def test_segments_behind_a_refused_one_are_checked(refused: Refused) -> None:
+    then = "[{kind: cosine, steps: 0, lr: 1, min_lr: 2}, {kind: cosine, lr: 1, min_lr: 3}]"
+    assert [line.partition(":")[0] for line in refused(f"--schedule.then={then}")] == [
+        "schedule.then.0.steps",
+        "schedule.total_steps",
+        "schedule.then.0.min_lr",
+        "schedule.then.1.min_lr",
+        "schedule.then.1.steps",
+    ]
 
 
 def test_arguments_that_are_no_override(refused: Refused) -> None:

@@ -1,6 +1,7 @@
 """The plan written down naively: each batch in turn, each pool a list, each permutation whole.
 
-Shares no code with the package. Slow, and short enough to be read against the documentation.
+Shares no code with the package. Slow, and short enough to be read against the documentation. A run
+is a list of segments (first batch, specification), each in force until the next one begins.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+from collections import Counter
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import NamedTuple
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -53,7 +57,7 @@ def permutation(size: int, key: int) -> list[int]:
 
 
 class Blend:
-    """Which dataset each next sample of an entry comes from."""
+    """Which dataset each next sample of an entry comes from, or which task each replay row."""
 
     def __init__(self, sizes: list[int], weights: list[float] | None) -> None:
         if weights is None:
@@ -71,93 +75,163 @@ class Blend:
             heapq.heappush(parts, (total, number, (share, left[2], right[2])))
         self.tree = parts[0][2]
 
-    def next(self) -> tuple[int, int]:
-        """The next sample's dataset, and how many samples that dataset gave before it."""
-        node, n = self.tree, sum(self.taken)
+    def locate(self, n: int) -> int:
+        """The leaf of the n-th sample."""
+        node = self.tree
         while isinstance(node, tuple):
             share, left, right = node
             before, after = (share * n + 2**62) >> 63, (share * (n + 1) + 2**62) >> 63
             node, n = (left, before) if after > before else (right, n - before)
-        self.taken[node] += 1
-        return node, self.taken[node] - 1
+        return node
+
+    def next(self) -> tuple[int, int]:
+        """The next sample's dataset, and how many samples that dataset gave before it."""
+        leaf = self.locate(sum(self.taken))
+        self.taken[leaf] += 1
+        return leaf, self.taken[leaf] - 1
 
 
-class Walk:
-    """The run walked row by row, everything consumed so far kept in a list."""
+class Consumed(NamedTuple):
+    """A fresh row, or one trained before the run; its ordinal is its place in the list."""
 
-    def __init__(self, spec):
-        self.spec = spec
-        self.names = list(spec.datasets)
-        self.orders: dict[tuple[str, int], list[int]] = {}
+    batch: int  # -1: before the run
+    span: tuple[int, int]  # segment, position in that segment's stream
+    dataset: int
+    sample: int
+
+
+class Batch(NamedTuple):
+    span: tuple[int, int]
+    rows: list[tuple]  # kind, span, dataset, sample, ordinal
+    had_pool: bool
+
+
+@dataclass
+class Run:
+    """A run walked row by row, everything consumed so far kept in a list."""
+
+    segments: list
+    skipped: set[int]
+    consumed: list[Consumed] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        specs = [spec for _, spec in self.segments]
+        entries = [entry for spec in specs for entry in spec.stream]
+        self.sizes = {one.name: one.num_samples for entry in entries for one in entry.datasets}
+        self.names = list(self.sizes)
+        self.tasks = list(dict.fromkeys(entry.task for entry in entries))
         self.cursors = dict.fromkeys(self.names, 0)
-        self.consumed: list[tuple[int, int, int, int]] = []  # batch, entry, dataset, sample
-        for index, entry in enumerate(spec.stream):
+        self.orders: dict[tuple[str, int], list[int]] = {}
+        self.known: Counter[tuple] = Counter()  # entries trained before, as segments had them
+        starts = [first for first, _ in self.segments]
+        for number, (first, end) in enumerate(zip(starts, [*starts[1:], math.inf], strict=True)):
+            assert len(self.batches) == first
+            self.walk_segment(number, end)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """What trained or was trained before, segment by segment in the order of the stream."""
+        return sorted({one.span for one in self.consumed})
+
+    def walk_segment(self, number: int, end: float) -> None:
+        stream = self.segments[number][1].stream
+        done = Counter(batch.span[1] for batch in self.batches)
+        fresh_done = Counter(one.span[1] for one in self.consumed if one.batch >= 0)
+        here: Counter[tuple] = Counter()
+        for position, entry in enumerate(stream):
             if entry.trained_before:
-                blend = self.blend_of(entry)
-                for _ in range(sum(one.num_samples for one in entry.datasets)):
-                    self.consume(index, blend, dict.fromkeys(self.names, 0), -1)
+                identity = (entry.task, *((one.name, one.weight) for one in entry.datasets))
+                here[identity] += 1
+                if here[identity] > self.known[identity]:
+                    self.take_all((number, position), entry)
+        self.known |= here
+        for position, entry in enumerate(stream):
+            if not entry.trained_before:
+                self.train((number, position), entry, done[position], fresh_done[position], end)
 
-    def blend_of(self, entry) -> Blend:
-        sizes = [one.num_samples for one in entry.datasets]
-        weighted = entry.datasets[0].weight is not None
-        return Blend(sizes, [one.weight for one in entry.datasets] if weighted else None)
+    def take_all(self, span: tuple[int, int], entry) -> None:
+        blend = blend_of(entry)
+        for _ in range(sum(one.num_samples for one in entry.datasets)):
+            place, k = blend.next()
+            self.consume(-1, span, entry.datasets[place].name, k)
 
-    def sample_of(self, name: str, k: int) -> int:
-        epoch, position = divmod(k, self.spec.datasets[name])
+    def train(self, span: tuple[int, int], entry, done: int, fresh_done: int, end: float) -> None:
+        first_of_segment, spec = self.segments[span[0]]
+        alpha = Fraction(spec.replay.alpha) if spec.replay else Fraction(0)
+        n = spec.global_batch_size
+        rows_left = -(-(entry.fresh_tokens or 0) // spec.seq_length) - fresh_done
+        known = {batch for batch in self.skipped if batch < first_of_segment}
+        blend, starts = blend_of(entry), dict(self.cursors)
+        t = fresh_expected = replayed = 0
+        while t < entry.steps - done if entry.steps else fresh_expected < rows_left:
+            if len(self.batches) >= end:
+                return
+            share = math.floor(alpha * n * (t + 1)) - math.floor(alpha * n * t)
+            # The length was decided when the segment began, its own skips not known.
+            fresh_expected += n - (share if self.pool(span, entry.task, known) else 0)
+            pool = self.pool(span, entry.task, self.skipped)
+            replay = share if pool else 0
+            batch, first = len(self.batches), len(self.consumed)
+            drawn = [self.draw(span, pool, batch, row, replayed + row) for row in range(replay)]
+            for _ in range(n - replay):
+                place, k = blend.next()
+                name = entry.datasets[place].name
+                self.consume(batch, span, name, starts[name] + k)
+                self.cursors[name] = starts[name] + k + 1
+            rows = [(0, *self.consumed[o][1:], o) for o in range(first, len(self.consumed))]
+            rows += [(1, *self.consumed[o][1:], o) for o in drawn]
+            order = permutation(n, keyed_hash(spec.seed, PLACEMENT, batch))
+            self.batches.append(Batch(span, [rows[place] for place in order], bool(pool)))
+            replayed += replay
+            t += 1
+
+    def pool(self, span: tuple[int, int], task: str, skipped: set[int]) -> dict[str, list[int]]:
+        """Ordinals to draw from by task, in the order of tasks; all under one name if uniform."""
+        replay = self.segments[span[0]][1].replay
+        pools: dict[str, list[int]] = {name: [] for name in self.tasks}
+        for ordinal, one in enumerate(self.consumed):
+            itself = one.batch >= 0 and one.span[1] == span[1]
+            if one.batch in skipped or (itself and not (replay and replay.include_current_task)):
+                continue
+            pools[self.entry(one.span).task].append(ordinal)
+        if replay is None or replay.policy == "uniform":
+            everything = sorted(ordinal for pool in pools.values() for ordinal in pool)
+            return {"": everything} if everything else {}
+        weights = self.weights(replay)
+        return {name: pool for name, pool in pools.items() if pool and weights[name] > 0}
+
+    def weights(self, replay) -> dict[str, float]:
+        return dict.fromkeys(self.tasks, 1.0) | dict(replay.weights or {})
+
+    def draw(self, span: tuple[int, int], pool: dict, batch: int, row: int, k: int) -> int:
+        """The ordinal that a batch's replay row draws, the k-th replay row of its span."""
+        spec = self.segments[span[0]][1]
+        tasks = list(pool)
+        if len(tasks) > 1:
+            weights = self.weights(spec.replay)
+            tasks = [tasks[Blend([], [weights[task] for task in tasks]).locate(k)]]
+        live = pool[tasks[0]]
+        return live[keyed_hash(spec.seed, REPLAY, batch, row) * len(live) >> 64]
+
+    def consume(self, batch: int, span: tuple[int, int], name: str, k: int) -> None:
+        epoch, position = divmod(k, self.sizes[name])
         if (name, epoch) not in self.orders:
             word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-            key = keyed_hash(self.spec.seed, PERMUTATION, word, epoch)
-            self.orders[name, epoch] = permutation(self.spec.datasets[name], key)
-        return self.orders[name, epoch][position]
+            key = keyed_hash(self.segments[0][1].seed, PERMUTATION, word, epoch)
+            self.orders[name, epoch] = permutation(self.sizes[name], key)
+        sample = self.orders[name, epoch][position]
+        self.consumed.append(Consumed(batch, span, self.names.index(name), sample))
 
-    def consume(self, index: int, blend: Blend, starts: dict[str, int], batch: int) -> None:
-        place, taken = blend.next()
-        name = self.spec.stream[index].datasets[place].name
-        k = starts[name] + taken
-        if not self.spec.stream[index].trained_before:
-            self.cursors[name] = k + 1
-        self.consumed.append((batch, index, self.names.index(name), self.sample_of(name, k)))
-
-    def rows(self, batch: int, first: int, replay: int, pool: list[int]) -> list[tuple[int, ...]]:
-        """The rows of a batch whose fresh ones were consumed from ordinal ``first`` on."""
-        consumed = self.consumed
-        rows = [(0, *consumed[o][1:], o) for o in range(first, len(consumed))]
-        for row in range(replay):
-            at = keyed_hash(self.spec.seed, REPLAY, batch, row) * len(pool) >> 64
-            rows.append((1, *consumed[pool[at]][1:], pool[at]))
-        n = self.spec.global_batch_size
-        order = permutation(n, keyed_hash(self.spec.seed, PLACEMENT, batch))
-        return [rows[place] for place in order]
+    def entry(self, span: tuple[int, int]):
+        """What the specification says of a span."""
+        return self.segments[span[0]][1].stream[span[1]]
 
 
-def walk_run(spec, skipped=()):
-    """Yields (batch, entry, rows), rows being (kind, entry, dataset, sample, ordinal) tuples."""
-    skipped = set(skipped)
-    alpha = Fraction(spec.replay.alpha) if spec.replay else Fraction(0)
-    current_too = spec.replay is not None and spec.replay.include_current_task
-    walk = Walk(spec)
-    consumed = walk.consumed
-    n = spec.global_batch_size
-    batch = 0
-    for index, entry in enumerate(spec.stream):
-        if entry.trained_before:
-            continue
-        blend, starts, begun = walk.blend_of(entry), dict(walk.cursors), len(consumed)
-        wanted = -(-(entry.fresh_tokens or 0) // spec.seq_length)
-        local = fresh_if_none_skipped = 0
-        found_pool = False
-        had_pool = begun > 0  # what the length is decided by
-        while local < entry.steps if entry.steps else fresh_if_none_skipped < wanted:
-            limit = len(consumed) if current_too else begun
-            pool = [o for o in range(limit) if consumed[o][0] not in skipped]
-            found_pool = found_pool or bool(pool)
-            share = math.floor(alpha * n * (local + 1)) - math.floor(alpha * n * local)
-            replay = share if found_pool else 0
-            fresh_if_none_skipped += n - (share if had_pool else 0)
-            had_pool = had_pool or current_too
-            first = len(consumed)
-            for _ in range(n - replay):
-                walk.consume(index, blend, starts, batch)
-            yield batch, index, walk.rows(batch, first, replay, pool)
-            batch += 1
-            local += 1
+def blend_of(entry) -> Blend:
+    weights = [one.weight for one in entry.datasets]
+    return Blend([one.num_samples for one in entry.datasets], None if None in weights else weights)
+
+
+def walk_run(segments, skipped=()) -> Run:
+    """Walks a run, given as (first batch, specification) pairs, to its end."""
+    return Run(list(segments), set(skipped))

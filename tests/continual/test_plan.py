@@ -226,34 +226,75 @@ def test_the_core_refuses_wrong_types_and_values() -> None:
         _index.WeightTree.from_weights(np.array([]))
     with pytest.raises(TypeError):
         make(entry({"a": 99}, 3)).rows(1.0)
-    one = np.array([0], dtype=np.int64)
-    none = np.array([], dtype=np.float64)
 
-    def plan(**changes):
-        values = {
-            "seed": 1,
-            "global_batch_size": 4,
-            "alpha_numerator": 0,
-            "alpha_denominator": 1,
-            "include_current_task": False,
-            "dataset_keys": np.array([1], dtype=np.uint64),
-            "dataset_sizes": np.array([9], dtype=np.int64),
-            "entries": [_index.EntrySpec(one, none, 3, 0, False)],
-        }
-        return _index.Plan(**{**values, **changes})
 
-    assert plan().total_batches == 3
+def core_plan(segment: dict | None = None, span: dict | None = None, **table):
+    """One segment of three batches from one dataset, with some values changed."""
+    table = {
+        "dataset_keys": np.array([1], dtype=np.uint64),
+        "dataset_sizes": np.array([9], dtype=np.int64),
+        **table,
+    }
+    spans = {
+        "position": 0,
+        "task": 0,
+        "datasets": np.array([0], dtype=np.int64),
+        "weights": np.array([], dtype=np.float64),
+        "batches": 3,
+        "fresh_rows": 0,
+        "trained_before": False,
+        **(span or {}),
+    }
+    values = {
+        "first_batch": 0,
+        "global_batch_size": 4,
+        "alpha_numerator": 0,
+        "alpha_denominator": 1,
+        "include_current_task": False,
+        "task_weights": np.array([], dtype=np.float64),
+        **(segment or {}),
+    }
+    plan = _index.Plan(seed=1, **table)
+    plan.append(spans=[_index.SpanSpec(**spans)], **values)
+    return plan
+
+
+def test_the_core_refuses_plans_that_contradict_themselves() -> None:
+    assert core_plan().total_batches == 3
     for changes, words in (
-        ({"alpha_numerator": 1}, "1 / 1"),
+        ({"segment": {"alpha_numerator": 1}}, "1 / 1"),
+        ({"segment": {"global_batch_size": -4}}, "-4"),
+        ({"segment": {"first_batch": 1}}, "first batch must be 0 for the first.* not 1"),
+        ({"segment": {"task_weights": np.array([1.0])}, "span": {"task": 1}}, "weights, not 1"),
         ({"dataset_keys": np.array([1, 2], dtype=np.uint64)}, "2 dataset keys"),
         ({"dataset_sizes": np.array([0], dtype=np.int64)}, "not 0"),
-        ({"global_batch_size": -4}, "-4"),
-        ({"entries": [_index.EntrySpec(one + 1, none, 3, 0, False)]}, "not 1"),
-        ({"entries": [_index.EntrySpec(one, none + 1, 3, 1, False)]}, "lengths"),
-        ({"entries": [_index.EntrySpec(one, np.ones(2), 3, 0, False)]}, "2 weights"),
+        ({"span": {"datasets": np.array([1], dtype=np.int64)}}, "not 1"),
+        ({"span": {"fresh_rows": 1}}, "lengths"),
+        ({"span": {"weights": np.ones(2)}}, "2 weights"),
     ):
         with pytest.raises(ValueError, match=words):
-            plan(**changes)
+            core_plan(**changes)
+
+
+def test_the_core_appends_segments_only_behind_what_was_skipped() -> None:
+    def go_on(plan, first_batch):
+        plan.append(
+            first_batch=first_batch,
+            global_batch_size=4,
+            alpha_numerator=0,
+            alpha_denominator=1,
+            include_current_task=False,
+            task_weights=np.array([], dtype=np.float64),
+            spans=[],
+        )
+
+    plan = core_plan()
+    plan.mark_skipped(1)
+    for first_batch, words in ((1, "cannot follow skipped batch 1"), (4, "not 4")):
+        with pytest.raises(ValueError, match=words):
+            go_on(plan, first_batch)
+    go_on(plan, 2)
+    assert plan.total_batches == 2
 
 
 def test_samples_and_ordinals_beyond_32_bits() -> None:

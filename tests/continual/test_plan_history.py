@@ -55,119 +55,212 @@ def test_history_is_json_and_rebuilds_the_plan() -> None:
     assert Plan.from_history(stored(off)).history() == off.history()
 
 
+def lines(spec: PlanSpec, new: PlanSpec, batch: int = 0) -> list[str]:
+    return [str(one) for one in differences(stored(Plan(spec)), new, batch)]
+
+
 def test_an_appended_entry_changes_no_earlier_batch_and_is_no_difference() -> None:
-    plan = Plan(SPEC)
-    plan.mark_skipped(4)
     more = (EntrySpec("en2", (DatasetSpec("en", 200), DatasetSpec("zh", 99)), steps=9), FR)
     for current in (False, True):
         spec = replace(SPEC, replay=ReplaySpec(Decimal("0.25"), include_current_task=current))
-        short, long = Plan(spec), Plan(replace(spec, stream=(*spec.stream, *more)))
-        for one in (short, long):
-            one.mark_skipped(4)
-        assert differences(stored(short), long) == []
+        longer = replace(spec, stream=(*spec.stream, *more))
+        short = Plan(spec)
+        short.mark_skipped(4)
+        assert differences(stored(short), longer, 12) == []
+        long = Plan.extended(stored(short), longer)
+        assert len(long.segments) == 1
+        assert long.skipped == [4]
+        assert long.total_batches > short.total_batches
         assert_same_rows(short, long, short.total_batches)
-    longer = Plan(replace(SPEC, stream=(*SPEC.stream, *more)))
-    longer.restore_skipped(stored(plan))
-    assert longer.skipped == [4]
-    assert_same_rows(plan, longer, plan.total_batches)
 
 
 def test_what_changes_nothing_is_no_difference() -> None:
-    old = stored(Plan(SPEC))
-    assert differences(old, Plan(SPEC)) == []
-    assert differences(old, Plan(with_entry(1, max_epochs=5))) == []
-    off = stored(Plan(replace(SPEC, replay=None)))
-    assert differences(off, Plan(replace(SPEC, replay=ReplaySpec(Decimal("0"))))) == []
-    same_length = Plan(with_entry(2, fresh_tokens=None, steps=14))
-    assert differences(old, same_length) == []
-    assert_same_rows(Plan(SPEC), same_length, 24)
+    for batch in (0, 5, 17, 24):
+        assert lines(SPEC, SPEC, batch) == []
+        assert lines(SPEC, with_entry(1, max_epochs=5), batch) == []
+        same_length = with_entry(2, fresh_tokens=None, steps=14)
+        assert lines(SPEC, same_length, batch) == []
+        off, zero = replace(SPEC, replay=None), ReplaySpec(Decimal("0"))
+        assert lines(off, replace(SPEC, replay=zero), batch) == []
+        written = replace(SPEC, replay=ReplaySpec(Decimal("0.250")))
+        assert lines(SPEC, written, batch) == []
+    assert_same_rows(Plan(SPEC), Plan.extended(Plan(SPEC).history(), same_length), 24)
 
 
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [
-        (replace(SPEC, seed=4), ["from batch 0: seed was 3, is 4"]),
-        (
-            replace(SPEC, seq_length=8),
-            [
-                "from batch 0: seq_length was 16, is 8",
-                "from batch 24: stream.2 (task 'fr'): it had 14 batches, has 27",
-            ],
-        ),
-        (replace(SPEC, global_batch_size=4), ["from batch 0: global_batch_size was 8, is 4"]),
-        (replace(SPEC, replay=None), ["from batch 0: replay was alpha 0.25"]),
-        (
-            with_entry(1, steps=12),
-            ["from batch 10: stream.1 (task 'en'): it had 10 batches, has 12"],
-        ),
-        (with_entry(1, steps=7), ["from batch 7: stream.1 (task 'en'): it had 10 batches, has 7"]),
-        (
-            with_entry(2, fresh_tokens=160 * 16),
-            ["from batch 24: stream.2 (task 'fr'): it had 14 batches, has 27"],
-        ),
-        (
-            with_entry(2, task="french"),
-            ["from batch 10: stream.2 (task 'french'): its name was 'fr'"],
-        ),
-        (
-            with_entry(1, datasets=(DatasetSpec("en", 200, 4.0), EN.datasets[1])),
-            ["from batch 0: stream.1 (task 'en'): dataset 'en' had weight 3.0, has 4.0"],
-        ),
-        (
-            with_entry(1, datasets=EN.datasets[::-1]),
-            ["from batch 0: stream.1 (task 'en'): its datasets stood as en, web, stand as web, en"],
-        ),
-        (
-            with_entry(2, datasets=(DatasetSpec("de", 900),)),
-            [
-                "from batch 10: stream.2 (task 'fr'): dataset 'fr' is gone",
-                "from batch 10: stream.2 (task 'fr'): dataset 'de' was not there",
-            ],
-        ),
-        (
-            with_entry(2, datasets=(DatasetSpec("fr", 901),)),
-            ["from batch 10: stream.2 (task 'fr'): dataset 'fr' had 900 samples, has 901"],
-        ),
-        (replace(SPEC, stream=SPEC.stream[:2]), ["from batch 10: stream.2: task 'fr' is gone"]),
-        (
-            replace(SPEC, stream=(*SPEC.stream, replace(BASE, task="more"))),
-            ["from batch 0: stream.3: task 'more', trained before, was not in the pool"],
-        ),
-        (
-            with_entry(0, datasets=(DatasetSpec("old", 77),)),
-            [
-                "from batch 0: stream.0 (task 'base'): dataset 'web' is gone",
-                "from batch 0: stream.0 (task 'base'): dataset 'old' was not there",
-            ],
-        ),
-    ],
-)
-def test_differences_name_what_changed_and_the_first_batch(spec: PlanSpec, expected) -> None:
-    old, new = Plan(SPEC), Plan(spec)
-    found = differences(stored(old), new)
-    assert len(found) >= len(expected)
-    for line in expected:
-        assert any(one.startswith(line) for one in found)
-    # The batch named is right: nothing before it differs.
-    first = min(int(one.split(":")[0].removeprefix("from batch ")) for one in found)
-    if "seq_length" not in found[0]:
-        assert_same_rows(old, new, min(first, new.total_batches))
+MIX = (DatasetSpec("en", 200, 4.0), EN.datasets[1])
+DE = EntrySpec("de", (DatasetSpec("de", 900),), steps=5)
+ACCEPTABLE = {
+    "batch size": (replace(SPEC, global_batch_size=4), 12, "batch-size", "from batch 12: global"),
+    "replay off": (replace(SPEC, replay=None), 3, "replay", "from batch 3: replay was alpha 0.25"),
+    "policy": (
+        replace(SPEC, replay=ReplaySpec(Decimal("0.25"), policy="equal")),
+        11,
+        "replay",
+        "from batch 11: replay was",
+    ),
+    "longer": (
+        with_entry(1, steps=12),
+        4,
+        "length",
+        "from batch 10: stream.1 (task 'en'): its length was 10 steps, is 12 steps",
+    ),
+    "shorter": (with_entry(1, steps=7), 4, "length", "from batch 7: stream.1 (task 'en')"),
+    "longer than it was": (with_entry(1, steps=12), 10, "length", "from batch 10: stream.1"),
+    "longer to come": (
+        with_entry(2, fresh_tokens=160 * 16),
+        4,
+        "length",
+        "from batch 24: stream.2 (task 'fr'): its length was 1280 fresh tokens, is 2560 fresh",
+    ),
+    "mix": (
+        with_entry(1, datasets=MIX),
+        4,
+        "mix",
+        "from batch 4: stream.1 (task 'en'): dataset 'en' had weight 3, has weight 4",
+    ),
+    "mix to come": (
+        with_entry(2, datasets=(DatasetSpec("fr", 900), DatasetSpec("de", 900))),
+        4,
+        "mix",
+        "from batch 10: stream.2 (task 'fr'): dataset 'de' was not there",
+    ),
+    "order of datasets": (
+        with_entry(1, datasets=EN.datasets[::-1]),
+        4,
+        "mix",
+        "from batch 4: stream.1 (task 'en'): its datasets stood as en, web, stand as web, en",
+    ),
+    "gone": (
+        replace(SPEC, stream=SPEC.stream[:2]),
+        4,
+        "stream",
+        "from batch 10: stream.2: task 'fr' is gone",
+    ),
+    "inserted": (
+        replace(SPEC, stream=(BASE, EN, DE, FR)),
+        4,
+        "stream",
+        "from batch 10: stream.2 was task 'fr', is task 'de'",
+    ),
+    "more trained before": (
+        replace(SPEC, stream=(*SPEC.stream, replace(BASE, task="more"))),
+        4,
+        "stream",
+        "from batch 4: task 'more', trained before, was not in the replay pool",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTABLE)
+def test_a_change_is_named_with_its_first_batch_and_the_kind_to_accept(case) -> None:
+    spec, batch, kind, line = ACCEPTABLE[case]
+    old = Plan(SPEC)
+    found = differences(stored(old), spec, batch)
+    assert {one.accept for one in found} == {kind}
+    assert str(found[0]).startswith(line)
+    # The batch named is right: accepted, the change touches nothing before it, and that batch.
+    first = found[0].batch
+    new = Plan.continued(stored(old), spec, first)
+    assert_same_rows(old, new, first)
+    again = Plan.from_history(stored(new))
+    assert differences(stored(new), spec, batch) == []
+    assert len(again.segments) == 2
+    assert_same_rows(new, again, new.total_batches)
+    ends = min(old.total_batches, new.total_batches) == first
+    assert ends or any(
+        not np.array_equal(one, other)
+        for one, other in zip(
+            vars(old.rows(first)).values(), vars(new.rows(first)).values(), strict=True
+        )
+    )
+
+
+NEVER = {
+    "seed": (replace(SPEC, seed=4), "from batch 0: seed was 3, is 4", "set it to 3"),
+    "seq_length": (replace(SPEC, seq_length=8), "from batch 0: seq_length was 16", "set it to 16"),
+    "size": (
+        with_entry(2, datasets=(DatasetSpec("fr", 901),)),
+        "from batch 0: dataset 'fr' had 900 samples, has 901",
+        "bring the old data back",
+    ),
+    "finished mix": (
+        with_entry(1, datasets=MIX),
+        "from batch 0: stream.1 (task 'en'): dataset 'en' had weight 3, has weight 4",
+        "trained to its end",
+    ),
+    "finished length": (
+        with_entry(1, steps=11),
+        "from batch 10: stream.1 (task 'en'): its length",
+        "trained to its end",
+    ),
+    "less than trained": (
+        with_entry(2, fresh_tokens=None, steps=3),
+        "from batch 13: stream.2 (task 'fr'): its length was 1280 fresh tokens, is 3 steps, but 3 "
+        "batches with 288 fresh tokens were trained",
+        "steps: 4 or fresh_tokens: 289",
+    ),
+    "begun name": (
+        with_entry(2, task="french"),
+        "from batch 10: stream.2 was task 'fr', is task 'french', but was begun",
+        "put task 'fr' back",
+    ),
+    "begun gone": (
+        replace(SPEC, stream=SPEC.stream[:2]),
+        "from batch 10: stream.2: task 'fr' is gone, but was begun",
+        "bring it back",
+    ),
+    "pool gone": (
+        replace(SPEC, stream=(EN, FR)),
+        "from batch 0: task 'base', trained before, is gone",
+        "weight 0",
+    ),
+    "pool changed": (
+        with_entry(0, datasets=(DatasetSpec("old", 77),)),
+        "from batch 0: task 'base', trained before, is gone",
+        "weight 0",
+    ),
+    "pool in front": (
+        replace(SPEC, stream=(replace(BASE, task="more"), *SPEC.stream)),
+        "from batch 0: stream.0 was task 'base', trained before, is task 'more', trained before",
+        "behind what was begun",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEVER)
+def test_what_no_flag_accepts_comes_with_what_to_do(case) -> None:
+    spec, line, remedy = NEVER[case]
+    [found, *_] = [
+        one
+        for one in differences(stored(Plan(SPEC)), spec, 13)
+        if one.accept is None and str(one).startswith(line)
+    ]
+    assert remedy in found.remedy
 
 
 def test_replay_that_only_starts_later_touches_no_earlier_batch() -> None:
-    old = Plan(replace(SPEC, stream=(EN, FR)))
+    old = replace(SPEC, stream=(EN, FR))
     for replay in (None, ReplaySpec(Decimal("0.5"))):
-        new = Plan(replace(old.spec, replay=replay, stream=(EN, FR)))
-        assert any(
-            one.startswith("from batch 10: replay was") for one in differences(stored(old), new)
-        )
-        assert_same_rows(old, new, 10)
+        [line] = lines(old, replace(old, replay=replay), 3)
+        assert line.startswith("from batch 10: replay was")
+
+
+def test_a_second_change_replaces_one_that_has_not_begun() -> None:
+    longer = with_entry(1, steps=12)
+    once = Plan.continued(stored(Plan(SPEC)), longer, 10)
+    shorter = with_entry(1, steps=6)
+    [difference] = differences(stored(once), shorter, 4)
+    assert (difference.batch, difference.accept) == (6, "length")
+    twice = Plan.continued(stored(once), shorter, 6)
+    assert [one.first_batch for one in twice.segments] == [0, 6]
+    assert [(one.task, one.last_batch) for one in twice.entries[1:]] == [("en", 6), ("fr", 20)]
 
 
 def test_what_is_no_history_is_refused() -> None:
     [segment] = stored(Plan(SPEC))
     bad = (
         [],
+        [segment, {**segment, "first_batch": 30}],
         [segment, segment],
         [{"first_batch": 0}],
         [{**segment, "seed": None}],

@@ -6,7 +6,8 @@ from decimal import Decimal
 import pytest
 
 from megatron_mer.config import DatasetConfig, ReplayConfig, TaskConfig
-from megatron_mer.continual.stream import Plan, build_plan
+from megatron_mer.continual.plan import Plan
+from megatron_mer.continual.stream import plan_spec
 from megatron_mer.errors import ConfigError
 
 EN = TaskConfig(
@@ -22,7 +23,7 @@ SIZES = {"en": 90, "web": 40, "fr": 40, "unused": 7}
 
 
 def build(*stream: TaskConfig, replay: ReplayConfig | None = None, sizes=SIZES) -> Plan:
-    return build_plan(stream, replay, 1, 8, 16, sizes)
+    return Plan(plan_spec(stream, replay, 1, 8, 16, sizes))
 
 
 def test_a_configuration_becomes_a_plan() -> None:

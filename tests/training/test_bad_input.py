@@ -175,7 +175,8 @@ def test_tasks_are_appended_with_an_explicit_schedule(tiny):
     tiny.train(tiny.write("run", two))
     config = tiny.write("run")
     printed = tiny.train(config, expect_failure=True, output=True)
-    assert "schedule.total_steps: 14, which trains what follows at that rate" in printed
+    assert "the rate would go from 0.0001 to" in printed
+    assert "as an option `--schedule.total_steps 14`" in printed
     tiny.train(config, "--schedule.total_steps=14")
     lines = tiny.lines("run")
     assert [line["step"] for line in lines] == list(range(1, 21))
@@ -234,7 +235,8 @@ def test_a_dataset_whose_content_changed_is_refused_on_resume(tiny, corpus):
     sidecar["bin_sha256"] = "0" * 64
     (tiny.folder / "en.json").write_text(json.dumps(sidecar))
     printed = tiny.train(config, expect_failure=True, output=True)
-    assert "dataset 'en' has the SHA-256 0000000000000000" in printed
+    assert "dataset 'en' has the content 0000000000000000000000..., the run began with" in printed
+    assert "its content changed" in printed
 
 
 @pytest.mark.dist

@@ -1,0 +1,189 @@
+"""Segments of a run: what each asks of the C++ core, given how far the earlier ones came.
+
+A configuration always describes the whole stream. The first segment trains it from its beginning;
+one that follows an accepted change trains what remains of the entry in training, and then the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_mer import _index
+from megatron_mer.continual.spec import EntrySpec, PlanSpec
+from megatron_mer.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A resolved configuration, and the batch from which it holds."""
+
+    first_batch: int
+    spec: PlanSpec
+    skipped: tuple[int, ...] = field(default=(), compare=False)
+    """Batches without an update that were known when the plan was made, increasing."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the batches before a segment trained of each entry, by its place in the stream."""
+
+    batches: Mapping[int, int]
+    fresh_rows: Mapping[int, int]
+
+    @property
+    def last_begun(self) -> int:
+        """The place of the entry begun last; -1 before the first batch."""
+        return max((place for place, count in self.batches.items() if count), default=-1)
+
+
+def tasks_of(segments: Sequence[Segment]) -> list[str]:
+    """Names of all tasks in the order of first mention; the core counts into them."""
+    names = (entry.task for segment in segments for entry in segment.spec.stream)
+    return list(dict.fromkeys(names))
+
+
+def sizes_of(segments: Sequence[Segment]) -> dict[str, int]:
+    """Samples of all datasets by name, in the order of first mention."""
+    sizes: dict[str, int] = {}
+    for segment in segments:
+        for name, size in segment.spec.datasets.items():
+            sizes.setdefault(name, size)
+    return sizes
+
+
+def progress_at(index: _index.Plan, batch: int) -> Progress:
+    """How far the core's plan has come before a batch."""
+    batches: Counter[int] = Counter()
+    fresh_rows: Counter[int] = Counter()
+    for position, _, _, first, last, trained_before in index.spans().tolist():
+        end = min(last, batch)
+        if not trained_before and end > first:
+            batches[position] += end - first
+            fresh_rows[position] += index.fresh_rows_before(end) - index.fresh_rows_before(first)
+    return Progress(batches, fresh_rows)
+
+
+def make_index(segments: Sequence[Segment]) -> _index.Plan:
+    """Lays all segments out in the C++ core.
+
+    Raises:
+        ConfigError: an entry asks for less than was trained of it, or for more rows than 64-bit
+            integers count.
+    """
+    tasks = {task: number for number, task in enumerate(tasks_of(segments))}
+    sizes = sizes_of(segments)
+    numbers = {name: number for number, name in enumerate(sizes)}
+    try:
+        index = _index.Plan(
+            seed=segments[0].spec.seed,
+            dataset_keys=np.array([_key(name) for name in sizes], dtype=np.uint64),
+            dataset_sizes=np.array(list(sizes.values()), dtype=np.int64),
+        )
+        known: Counter[tuple[object, ...]] = Counter()
+        for segment in segments:
+            _append(index, segment, tasks, numbers, known)
+            for batch in segment.skipped:
+                index.mark_skipped(batch)
+    except ValueError as error:
+        raise ConfigError([Problem("stream", str(error))]) from error
+    return index
+
+
+def _append(
+    index: _index.Plan,
+    segment: Segment,
+    tasks: Mapping[str, int],
+    numbers: Mapping[str, int],
+    known: Counter[tuple[object, ...]],
+) -> None:
+    """Adds a segment; `known` counts the entries trained before that are in the pool already."""
+    spec = segment.spec
+    progress = progress_at(index, segment.first_batch)
+    numerator, denominator = spec.replay.alpha.as_integer_ratio() if spec.replay else (0, 1)
+    weights = spec.replay.task_weights(list(tasks)) if spec.replay else []
+    spans = []
+    missing = known.copy()
+    for position, entry in enumerate(spec.stream):
+        if entry.trained_before:
+            if missing[pool_key(entry)] > 0:
+                missing[pool_key(entry)] -= 1
+                continue
+            known[pool_key(entry)] += 1
+        elif _remaining(entry, position, progress, spec) == (0, 0):
+            continue
+        spans.append(_span(entry, position, progress, spec, tasks, numbers))
+    index.append(
+        first_batch=segment.first_batch,
+        global_batch_size=spec.global_batch_size,
+        alpha_numerator=numerator,
+        alpha_denominator=denominator,
+        include_current_task=spec.replay is not None and spec.replay.include_current_task,
+        task_weights=np.array(weights, dtype=np.float64),
+        spans=spans,
+    )
+
+
+def pool_key(entry: EntrySpec) -> tuple[object, ...]:
+    """What makes two entries trained before the same one."""
+    return entry.task, tuple((one.name, one.weight) for one in entry.datasets)
+
+
+def _remaining(
+    entry: EntrySpec, position: int, progress: Progress, spec: PlanSpec
+) -> tuple[int, int]:
+    """Batches or fresh rows that an entry still has to train."""
+    batches = (entry.steps or 0) - progress.batches.get(position, 0)
+    rows = fresh_rows_of(entry, spec.seq_length) - progress.fresh_rows.get(position, 0)
+    return (max(batches, 0), 0) if entry.steps is not None else (0, max(rows, 0))
+
+
+def fresh_rows_of(entry: EntrySpec, seq_length: int) -> int:
+    """Fresh rows that hold an entry's `fresh_tokens`; 0 without."""
+    return -(-(entry.fresh_tokens or 0) // seq_length)
+
+
+def _span(
+    entry: EntrySpec,
+    position: int,
+    progress: Progress,
+    spec: PlanSpec,
+    tasks: Mapping[str, int],
+    numbers: Mapping[str, int],
+) -> _index.SpanSpec:
+    weights = [one.weight for one in entry.datasets if one.weight is not None]
+    batches, rows = _remaining(entry, position, progress, spec)
+    return _index.SpanSpec(
+        position=position,
+        task=tasks[entry.task],
+        datasets=np.array([numbers[one.name] for one in entry.datasets], dtype=np.int64),
+        weights=np.array(weights, dtype=np.float64),
+        batches=batches,
+        fresh_rows=rows,
+        trained_before=entry.trained_before,
+    )
+
+
+def ranges_of(batches: Sequence[int]) -> list[list[int]]:
+    """Increasing numbers as ranges [first, end)."""
+    ranges: list[list[int]] = []
+    for batch in batches:
+        if ranges and ranges[-1][1] == batch:
+            ranges[-1][1] += 1
+        else:
+            ranges.append([batch, batch + 1])
+    return ranges
+
+
+def batches_of(ranges: Sequence[Sequence[int]]) -> Iterator[int]:
+    """The numbers of ranges [first, end)."""
+    for first, end in ranges:
+        yield from range(first, end)
+
+
+def _key(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
