@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "plan.hpp"
+#include "reader_bindings.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -220,4 +221,5 @@ PYBIND11_MODULE(_index, module) {
     module.doc() = "Plans of a run: which sample stands at which place of which batch.";
     bind_parts(module);
     bind_plan(module);
+    bind_reader(module);
 }

@@ -1,4 +1,4 @@
-"""C++ core of the plan (csrc/). Wrong types raise TypeError, wrong values ValueError."""
+"""C++ core of plan and readers (csrc/). Wrong types raise TypeError, wrong values ValueError."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,4 +105,37 @@ class Plan:
         NDArray[np.int64],
         NDArray[np.int64],
     ]:
-        """By span: fresh, replayed, skipped by dataset; batches, rows drawn, batches with a pool."""
+        """By span: fresh, replayed, skipped by dataset; batches, replay rows, pool batches."""
+
+class ReadEnded(ValueError):
+    """A file ends too early. args: row, byte, missing bytes."""
+
+class ReadFailed(ValueError):
+    """The system refused to read. args: row, byte, errno."""
+
+class TokenOutside(ValueError):
+    """An id is outside of the vocabulary. args: row, position, id."""
+
+class DocumentFault(ValueError):
+    """A document ends where it cannot. args: row, document, sequence, end; end -1: no sequence."""
+
+def read_rows(
+    descriptors: NDArray[np.int32],
+    bytes: NDArray[np.int64],
+    codes: NDArray[np.uint8],
+    places: NDArray[np.int64],
+    vocab_size: int,
+    out: NDArray[np.int64],
+) -> None:
+    """Row i of dtype code codes[i], from bytes[i] of its file, to out[places[i]]."""
+
+def document_ends(
+    descriptors: NDArray[np.int32],
+    tables: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    length: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and places in [0, length) of the tokens, from starts[row] on, that end a document.
+
+    tables, shape (n, 4): sequences, entries, bytes of a token and tokens, one index a row.
+    """

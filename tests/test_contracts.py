@@ -31,6 +31,9 @@ LIGHT_MODULES = (
 LIGHT_PROGRAMS = (
     "data_preprocessing/prepare_corpus.py",
     "examples/quickstart/prepare.py",
+    "tools/inspect_dataset.py",
+    "tools/inspect_stream.py",
+    "tools/merge_datasets.py",
     "tools/preprocess_data.py",
     "tools/train_tokenizer.py",
 )

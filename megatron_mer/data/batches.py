@@ -12,7 +12,10 @@ from megatron_mer.errors import DataError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that one rank processes together; B = micro_batch_size, S = seq_length."""
+    """Rows that one rank processes together; B = micro_batch_size, S = seq_length.
+
+    The arrays are views that share memory with each other and may be read-only.
+    """
 
     inputs: NDArray[np.int64]
     """Shape (B, S)."""
@@ -30,14 +33,8 @@ class RankBatch:
 
     batch: int
     """Number of the global batch in the run, from 0: the data clock."""
-    entry: int
-    """Stream entry that the batch belongs to."""
     micro_batches: list[MicroBatch]
     """This rank's rows."""
-    num_rows: int
-    """Rows of the global batch."""
-    num_replay_rows: int
-    """Replayed rows of the global batch."""
     num_unmasked: int
     """Unmasked target tokens of the global batch: what its summed loss is divided by."""
 
@@ -63,8 +60,7 @@ def rank_rows(num_rows: int, dp_rank: int, dp_size: int, micro_batch_size: int) 
     if not 0 <= dp_rank < dp_size or micro_batch_size < 1:
         raise DataError(
             f"dp_rank {dp_rank}, dp_size {dp_size}, micro_batch_size {micro_batch_size}; the rank "
-            "must "
-            "be in [0, dp_size) and the micro batch at least 1"
+            "must be in [0, dp_size) and the micro batch at least 1"
         )
     if num_rows % (dp_size * micro_batch_size):
         raise DataError(
@@ -81,7 +77,7 @@ def cut_micro_batches(
     is_replay: NDArray[np.bool_],
     micro_batch_size: int,
 ) -> list[MicroBatch]:
-    """Cut a rank's rows, in order, into micro batches.
+    """Cut a rank's rows, in order, into micro batches, without a copy.
 
     Args:
         samples: shape (rows, S + 1).
@@ -92,10 +88,10 @@ def cut_micro_batches(
     pieces = (slice(i, i + micro_batch_size) for i in range(0, len(samples), micro_batch_size))
     return [
         MicroBatch(
-            inputs=np.ascontiguousarray(samples[piece, :-1]),
-            targets=np.ascontiguousarray(samples[piece, 1:]),
-            mask=mask[piece].copy(),
-            is_replay=is_replay[piece].copy(),
+            inputs=samples[piece, :-1],
+            targets=samples[piece, 1:],
+            mask=mask[piece],
+            is_replay=is_replay[piece],
         )
         for piece in pieces
     ]

@@ -1,14 +1,15 @@
-"""Where documents lie, answered from a mapped `.idx` file without loading it."""
+"""Where documents lie, answered from an `.idx` file that is neither mapped nor loaded."""
 
 from __future__ import annotations
 
-import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mer.data.index_format import IndexHeader, fault, open_file
+from megatron_mer.data.index_format import IndexHeader, fault, file_size
+from megatron_mer.data.open_files import DataFile
 from megatron_mer.errors import DataError
 
 VERIFY_CHUNK = 1 << 20
@@ -16,135 +17,117 @@ VERIFY_CHUNK = 1 << 20
 
 
 class DocumentIndex:
-    """The mapped arrays of an `.idx` file. Everything it returns is a copy."""
+    """The arrays of an `.idx` file, read piece by piece.
+
+    Args:
+        path: of the `.idx` file.
+        header: what its header says.
+        num_tokens: tokens of the `.bin` file.
+    """
 
     def __init__(self, path: Path, header: IndexHeader, num_tokens: int) -> None:
-        self._path = path
+        self.file = DataFile(path, file_size(path))
         self._header = header
         self._num_tokens = num_tokens
-        with open_file(path) as file:
-            try:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path}: cannot be mapped: {error}") from error
-        if len(mapped) < header.size:
-            raise fault(path, len(mapped), "the file ends", f"{header.size} bytes, as when opened")
-        count, entries = header.num_sequences, header.num_entries
-        self._lengths = np.frombuffer(mapped, "<i4", count, header.lengths_offset)
-        self._pointers = np.frombuffer(mapped, "<i8", count, header.pointers_offset)
-        self._documents = np.frombuffer(mapped, "<i8", entries, header.documents_offset)
+
+    @property
+    def table(self) -> tuple[int, int, int, int]:
+        """What `_index.document_ends` must know: sequences, entries, token bytes and tokens."""
+        header = self._header
+        return header.num_sequences, header.num_entries, header.dtype.itemsize, self._num_tokens
 
     def document_range(self, index: int) -> tuple[int, int]:
         """Return the first token of a document and the token after its last."""
-        first, last = (int(entry) for entry in self._documents[index : index + 2])
-        if not 0 <= first <= last <= self._header.num_sequences:
-            raise fault(
-                self._path,
-                self._header.documents_offset + 8 * index,
+        header, itemsize = self._header, self._header.dtype.itemsize
+        first, last = self._documents(index, index + 2).tolist()
+        if not 0 <= first <= last <= header.num_sequences:
+            raise self._fault(
+                header.documents_offset + 8 * index,
                 f"document {index} has sequences [{first}, {last})",
-                f"a range inside [0, {self._header.num_sequences})",
+                f"a range inside [0, {header.num_sequences})",
             )
-        start, stop = (int(token) for token in self._token_offsets(np.array([first, last])))
-        lengths = self._lengths[first:last].astype(np.int64)
-        ends = start + np.cumsum(lengths)
-        starts = self._pointers[first:last] // self._header.dtype.itemsize
-        whole = np.array_equal(starts, ends - lengths) and int(lengths.sum()) == stop - start
+        lengths, pointers = self._lengths(first, last), self._pointers(first, last + 1)
+        whole = pointers[0] % itemsize == 0 and np.array_equal(
+            np.diff(pointers), lengths * itemsize
+        )
         if np.any(lengths < 0) or not whole:
-            raise fault(
-                self._path,
-                self._header.pointers_offset + 8 * first,
-                f"document {index} has tokens [{start}, {stop}), but sequence lengths "
-                f"{lengths.tolist()[:8]} from {starts.tolist()[:8]} on",
-                "sequences that follow each other and fill the range",
+            raise self._fault(
+                header.pointers_offset + 8 * first,
+                f"document {index} has sequences of {lengths.tolist()[:8]} tokens at bytes "
+                f"{pointers.tolist()[:9]} of the .bin file",
+                f"sequences of {itemsize} bytes a token that follow each other",
             )
-        return start, stop
+        return int(pointers[0]) // itemsize, int(pointers[-1]) // itemsize
 
-    def ends_in(
-        self, starts: NDArray[np.int64], length: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Find the document ends in (start, start + length].
-
-        Returns:
-            rows, shape (m,): which start each end belongs to, ascending; ends, shape (m,): the
-            position after each document's last token, ascending inside a row.
-        """
-        low, high = self._documents_before(starts), self._documents_before(starts + length)
-        counts = high - low
-        rows = np.repeat(np.arange(len(starts)), counts)
-        firsts = np.cumsum(counts) - counts
-        documents = np.arange(int(counts.sum())) - firsts[rows] + low[rows]
-        ends = self._document_ends(documents)
-        inside = (ends > starts[rows]) & (ends <= starts[rows] + length)
-        inside[1:] &= (ends[1:] >= ends[:-1]) | (rows[1:] != rows[:-1])
-        if not inside.all():
-            document = int(documents[np.argmin(inside)])
-            raise fault(
-                self._path,
-                self._header.documents_offset + 8 * (document + 1),
-                f"document {document} ends at token {int(ends[np.argmin(inside)])}",
-                "ends in ascending order",
-            )
-        return rows, ends
+    def end_fault(self, document: int, sequence: int, end: int) -> DataError:
+        """Build the error for a document whose end `_index.document_ends` could not accept."""
+        byte, count = self._header.documents_offset + 8 * (document + 1), self._header.num_sequences
+        if not 0 <= sequence <= count:
+            found, expected = f"document index {sequence}", f"0 to {count}, the sequences there are"
+        else:
+            found = f"document {document} ends at token {end}"
+            expected = f"ends in ascending order, at most {self._num_tokens}"
+        return self._fault(byte, found, expected)
 
     def verify(self) -> None:
-        """Check every entry, a chunk at a time."""
-        itemsize = self._header.dtype.itemsize
-        for first in range(0, self._header.num_sequences, VERIFY_CHUNK):
-            lengths = self._lengths[first : first + VERIFY_CHUNK].astype(np.int64)
-            pointers = self._pointers[first : first + VERIFY_CHUNK + 1].astype(np.int64)
-            self._refuse(lengths < 0, "length", self._header.lengths_offset, 4, first, lengths)
-            expected = pointers[:-1] + lengths[: len(pointers) - 1] * itemsize
-            wrong = pointers[1:] != expected
-            self._refuse(wrong, "pointer", self._header.pointers_offset, 8, first + 1, pointers[1:])
-        for first in range(0, self._header.num_entries, VERIFY_CHUNK):
-            entries = self._documents[first : first + VERIFY_CHUNK + 1].astype(np.int64)
-            wrong = (np.diff(entries) < 0) | (entries[1:] > self._header.num_sequences)
-            offset = self._header.documents_offset
-            self._refuse(wrong, "document index", offset, 8, first + 1, entries[1:])
+        """Check every entry, a chunk at a time; opening checked the first and the last ones.
 
-    def _refuse(
-        self,
-        wrong: NDArray[np.bool_],
-        what: str,
-        offset: int,
-        width: int,
-        first: int,
-        values: NDArray[np.int64],
-    ) -> None:
-        if wrong.any():
-            place = int(np.argmax(wrong))
-            raise fault(
-                self._path,
-                offset + width * (first + place),
-                f"{what} {int(values[place])} at entry {first + place}",
-                "a value that agrees with its neighbours",
-            )
-
-    def _documents_before(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Count the documents that end at or before each position.
-
-        Binary search by hand: `numpy.searchsorted` would copy the whole unaligned array.
+        Raises:
+            DataError: the first entry that does not agree with its neighbours.
         """
-        low = np.zeros(len(positions), dtype=np.int64)
-        high = np.full(len(positions), self._header.num_entries - 1, dtype=np.int64)
-        while (active := low < high).any():
-            middle = (low[active] + high[active]) // 2
-            before = self._document_ends(middle) <= positions[active]
-            low[active] = np.where(before, middle + 1, low[active])
-            high[active] = np.where(before, high[active], middle)
-        return low
+        header, itemsize = self._header, self._header.dtype.itemsize
+        for first in range(0, header.num_sequences, VERIFY_CHUNK):
+            stop = min(first + VERIFY_CHUNK, header.num_sequences)
+            lengths = self._lengths(first, stop)
+            for place in _first(lengths < 0):
+                found = f"sequence {first + place} has length {lengths[place]}"
+                raise self._fault(header.lengths_offset + 4 * (first + place), found, "0 or more")
+            pointers = self._pointers(first, stop + 1)
+            ends = pointers[:-1] + lengths * itemsize
+            for place in _first(pointers[1:] != ends):
+                byte = header.pointers_offset + 8 * (first + place + 1)
+                expected = f"{ends[place]}, where sequence {first + place} ends"
+                raise self._fault(byte, f"pointer {pointers[place + 1]}", expected)
+        for first in range(0, header.num_entries - 1, VERIFY_CHUNK):
+            entries = self._documents(first, min(first + VERIFY_CHUNK + 1, header.num_entries))
+            for place in _first(np.diff(entries) < 0):
+                byte = header.documents_offset + 8 * (first + place + 1)
+                found = f"document index {entries[place + 1]} after {entries[place]}"
+                raise self._fault(byte, found, "ascending document indices")
 
-    def _document_ends(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self._token_offsets(self._documents[documents + 1])
+    def _fault(self, byte: int, found: str, expected: str) -> DataError:
+        return fault(self.file.path, byte, found, expected)
 
-    def _token_offsets(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the first token of each sequence; num_tokens for the one after the last."""
+    def _lengths(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Return the lengths of sequences [first, stop), in tokens."""
+        return self._read("<i4", self._header.lengths_offset + 4 * first, stop - first)
+
+    def _pointers(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Return where sequences [first, stop) start, in bytes; the one after the last at the end.
+
+        Args:
+            first: at most S.
+            stop: above first, at most S + 1.
+        """
         count = self._header.num_sequences
-        offsets = np.full(len(sequences), self._num_tokens, dtype=np.int64)
-        inside = sequences < count
-        if np.any(sequences < 0) or np.any(sequences > count):
-            raise DataError(
-                f"{self._path}: a document index is outside [0, {count}]; the file is damaged"
-            )
-        offsets[inside] = self._pointers[sequences[inside]] // self._header.dtype.itemsize
-        return offsets
+        pointers = self._read(
+            "<i8", self._header.pointers_offset + 8 * first, min(stop, count) - first
+        )
+        if stop <= count:
+            return pointers
+        return np.append(pointers, self._num_tokens * self._header.dtype.itemsize)
+
+    def _documents(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Return entries [first, stop) of the document indices."""
+        return self._read("<i8", self._header.documents_offset + 8 * first, stop - first)
+
+    def _read(self, dtype: str, byte: int, count: int) -> NDArray[np.int64]:
+        values: NDArray[Any] = np.empty(count, dtype=dtype)
+        if count:
+            self.file.open().read_into(values.view(np.uint8).data, byte)
+        return values.astype(np.int64)
+
+
+def _first(wrong: NDArray[np.bool_]) -> list[int]:
+    """Return the first place that is wrong, if any."""
+    return [int(np.argmax(wrong))] if wrong.any() else []

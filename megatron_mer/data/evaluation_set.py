@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_mer.data.batches import EvaluationBatch, cut_micro_batches, rank_rows
 from megatron_mer.data.indexed_dataset import IndexedDataset
-from megatron_mer.data.packing import num_samples, read_samples
+from megatron_mer.data.packing import RowReader, num_samples
 
 
 class EvaluationSet:
@@ -42,7 +42,7 @@ class EvaluationSet:
         samples = num_samples(dataset.num_tokens, seq_length, dataset.prefix)
         if max_batches is not None:
             samples = min(samples, max_batches * rows_per_batch)
-        self._dataset = dataset
+        self._reader = RowReader([dataset], seq_length, vocab_size)
         self._seq_length = seq_length
         self._rows = rows_per_batch
         self._vocab_size = vocab_size
@@ -70,9 +70,8 @@ class EvaluationSet:
     def _unigram_entropy(self) -> float:
         counts = np.zeros(self._vocab_size, dtype=np.int64)
         for first in range(0, self.num_samples, self._rows):
-            samples, mask = self._read(first, min(first + self._rows, self.num_samples))
-            targets = samples[:, 1:][mask > 0]
-            counts += np.bincount(targets, minlength=self._vocab_size)
+            samples = self._read(first, min(first + self._rows, self.num_samples))
+            counts += np.bincount(samples[:, 1:].ravel(), minlength=self._vocab_size)
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
@@ -100,15 +99,13 @@ class EvaluationSet:
         samples = np.zeros((stop - first, self._seq_length + 1), dtype=np.int64)
         mask = np.zeros((stop - first, self._seq_length), dtype=np.float32)
         real = max(0, min(stop, self.num_samples) - first)
-        samples[:real], mask[:real] = self._read(first, first + real)
+        samples[:real] = self._read(first, first + real)
+        mask[:real] = 1
         return samples, mask
 
-    def _read(self, first: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        length = self._seq_length
+    def _read(self, first: int, stop: int) -> NDArray[np.int64]:
         numbers = np.arange(first, stop, dtype=np.int64)
-        samples = read_samples(self._dataset, numbers, length, self._vocab_size)
-        mask = np.ones((len(numbers), length), dtype=np.float32)
-        return samples, mask
+        return self._reader.read(np.zeros_like(numbers), numbers)
 
     def _count_unmasked(self, first: int, stop: int) -> int:
         return (stop - first) * self._seq_length

@@ -174,6 +174,8 @@ def check_edges(path: Path, file: BinaryIO, header: IndexHeader, bin_size: int) 
             f"its size, {bin_size} bytes: the .bin is truncated, the dtype is wrong or the two "
             "files do not belong together",
         )
+    if bin_size % itemsize:
+        raise fault(path, 17, f"dtype {header.dtype}", f"one that divides {bin_size} bytes of .bin")
     for left in {0, count - 2} if count > 1 else set():
         _check_step(path, file, header, left)
 

@@ -1,17 +1,16 @@
 """Reading a tokenized corpus in Megatron's `.bin/.idx` format.
 
-The `.bin` file is read with `pread`, never mapped: a file that shrinks under a running job is a
-named error instead of a bus error, reads never come short, and an array that was returned owns its
-memory. The `.idx` file is mapped the first time document ends are asked for; opening costs a few
-small reads.
+Both files are read with `pread`, never mapped: a file that shrinks under a running job is a named
+error instead of a bus error, reads never come back short, and an array that was returned owns its
+memory. Opening costs a few small reads and keeps no file open; see `open_files` for how many are.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +24,14 @@ from megatron_mer.data.index_format import (
     open_file,
     read_header,
 )
-from megatron_mer.data.sidecar import Sidecar, file_sha256, read_sidecar
+from megatron_mer.data.open_files import DataFile
+from megatron_mer.data.sidecar import Sidecar, read_sidecar
 from megatron_mer.errors import DataError
-from megatron_mer.log import get_logger
 
-logger = get_logger(__name__)
+CHUNK = 1 << 23
+"""Bytes that `IndexedDataset.verify` looks at together; a multiple of every token's size."""
+EDGE = 1 << 16
+"""Bytes at either end of a file that `IndexedDataset.content_id` looks at."""
 
 
 class IndexedDataset:
@@ -48,13 +50,12 @@ class IndexedDataset:
         self.prefix = str(prefix)
         self.bin_path = Path(self.prefix + ".bin")
         self.idx_path = Path(self.prefix + ".idx")
-        self._lock = Lock()
-        self._bin_file: BinaryIO | None = None
-        self._index: DocumentIndex | None = None
         bin_size = file_size(self.bin_path)
         self._header = _checked_header(self.idx_path, bin_size)
         self.num_tokens = bin_size // self._header.dtype.itemsize
         self.sidecar = self._checked_sidecar()
+        self.bin_file = DataFile(self.bin_path, bin_size)
+        self.index = DocumentIndex(self.idx_path, self._header, self.num_tokens)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -93,7 +94,7 @@ class IndexedDataset:
             )
         out = np.empty(stop - start, dtype=self.dtype)
         if stop > start:
-            self._read_into(out.view(np.uint8).data, start * self.dtype.itemsize)
+            self.bin_file.open().read_into(out.view(np.uint8).data, start * self.dtype.itemsize)
         return out
 
     def document(self, index: int) -> NDArray[Any]:
@@ -107,100 +108,76 @@ class IndexedDataset:
                 f"{self.prefix}: document {index} was asked for; it has {self.num_documents}, "
                 "counted from 0"
             )
-        return self.tokens(*self._mapped_index().document_range(index))
+        return self.tokens(*self.index.document_range(index))
 
-    def count_document_ends(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Count the positions p in [start, start + length) that hold the last token of a document.
+    def verify(
+        self,
+        vocab_size: int | None = None,
+        checksums: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Check everything that opening does not: every length, pointer, document index and id.
 
-        Reads the index alone, in O(log documents + documents in the range) for each start.
-
-        Args:
-            starts: shape (n,), first positions, in tokens.
-            length: tokens from each start on.
-
-        Returns:
-            Shape (n,).
-
-        Raises:
-            DataError: a range is not inside the corpus, or the index is damaged there.
-        """
-        starts = self._checked_starts(starts, length)
-        rows, ends = self._mapped_index().ends_in(starts, length)
-        # Empty documents repeat the end of the one before: a position counts once.
-        fresh = np.ones(len(ends), dtype=bool)
-        fresh[1:] = (ends[1:] != ends[:-1]) | (rows[1:] != rows[:-1])
-        return np.bincount(rows[fresh], minlength=len(starts)).astype(np.int64)
-
-    def document_end_mask(self, start: int, length: int) -> NDArray[np.bool_]:
-        """Mark the last tokens of documents in [start, start + length): shape (length,)."""
-        return self.document_end_masks(np.array([start]), length).reshape(length)
-
-    def document_end_masks(self, starts: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
-        """Mark the last tokens of documents in each [start, start + length).
+        The `.bin` file is read once, and memory stays bounded.
 
         Args:
-            starts: shape (n,), first positions, in tokens.
-            length: tokens from each start on.
-
-        Returns:
-            Shape (n, length): True where the token is the last of its document.
-
-        Raises:
-            DataError: as `count_document_ends`.
-        """
-        starts = self._checked_starts(starts, length)
-        rows, ends = self._mapped_index().ends_in(starts, length)
-        masks = np.zeros((len(starts), length), dtype=np.bool_)
-        masks[rows, ends - 1 - starts[rows]] = True
-        return masks
-
-    def verify(self, checksums: bool = True) -> None:
-        """Check everything that opening does not: every length, pointer and document index.
-
-        Args:
+            vocab_size: ids must be in [0, vocab_size); those above the sidecar's largest id are
+                refused in any case.
             checksums: also compare both files with the sidecar's SHA-256, where there is one.
+            progress: called with the bytes checked so far and the bytes of both files.
 
         Raises:
-            DataError: the first damaged entry, or the file whose content changed.
+            DataError: the first damaged entry or wrong id, with its file and byte, or the file
+                whose content changed.
         """
-        self._mapped_index().verify()
-        if checksums and self.sidecar is not None:
-            for path, expected in (
-                (self.bin_path, self.sidecar.bin_sha256),
-                (self.idx_path, self.sidecar.idx_sha256),
-            ):
-                found = file_sha256(path)
-                if found != expected:
-                    raise DataError(
-                        f"{path}: SHA-256 {found}, but {self.prefix}.json says {expected}; the "
-                        "file "
-                        "changed since it was written: tokenize the corpus again"
-                    )
+        self.close()  # the files that have the names now, not those that were opened once
+        if _checked_header(self.idx_path, file_size(self.bin_path)) != self._header:
+            raise fault(self.idx_path, 0, "another header", "the one that stood there when opened")
+        idx_size, total = self.index.file.size, self.index.file.size + self.bin_file.size
+        report = progress or (lambda done, total: None)
+        sidecar = self.sidecar if checksums else None
+        self.index.verify()
+        if sidecar is not None:
+            self._compare_checksum(self.idx_path, _chunks(self.index.file), sidecar.idx_sha256)
+        report(idx_size, total)
+        tokens = self._checked_chunks(vocab_size, lambda done: report(idx_size + done, total))
+        self._compare_checksum(self.bin_path, tokens, sidecar.bin_sha256 if sidecar else None)
 
     def content_id(self) -> str:
-        """What tells this content from another: the sidecar's checksum of the `.bin` file."""
-        return self.sidecar.bin_sha256 if self.sidecar else ""
+        """Return a string that changes when the content does.
+
+        It is the sidecar's SHA-256 of the `.bin` file. A dataset without a sidecar has `edges:` and
+        the SHA-256 over both files' sizes and first and last 64 KiB: the same cost at any size, but
+        a change that keeps all of those is not noticed.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        if self.sidecar is not None:
+            return self.sidecar.bin_sha256
+        digest = hashlib.sha256()
+        for file in (self.bin_file, self.index.file):
+            digest.update(file.size.to_bytes(8, "little"))
+            for first in (0, max(0, file.size - EDGE)):
+                edge = bytearray(min(EDGE, file.size))
+                file.open().read_into(memoryview(edge), first)
+                digest.update(edge)
+        return f"edges:{digest.hexdigest()}"
 
     def close(self) -> None:
         """Release the open files; the next read opens them again. Arrays stay valid."""
-        with self._lock:
-            if self._bin_file is not None:
-                self._bin_file.close()
-            self._bin_file = None
-            self._index = None
+        self.bin_file.close()
+        self.index.file.close()
 
     def __del__(self) -> None:
-        """Close the `.bin` file of a dataset that is no longer used."""
-        if getattr(self, "_bin_file", None) is not None:
+        """Close the files of a dataset that is no longer used."""
+        # Without an index its opening failed, and there is nothing to close.
+        if hasattr(self, "index"):
             self.close()
 
     def _checked_sidecar(self) -> Sidecar | None:
         sidecar = read_sidecar(self.prefix)
         if sidecar is None:
-            logger.warning(
-                "%s.json is missing: the tokenizer and the checksums of this dataset are unknown",
-                self.prefix,
-            )
             return None
         for name, stored, actual in (
             ("tokens", sidecar.tokens, self.num_tokens),
@@ -210,48 +187,69 @@ class IndexedDataset:
             if stored != actual:
                 raise DataError(
                     f"{self.prefix}.json says {name} {stored}, but {self.idx_path.name} has "
-                    f"{actual}; "
-                    "the files do not belong together"
+                    f"{actual}; the files do not belong together"
                 )
         return sidecar
 
-    def _checked_starts(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        array = np.asarray(starts, dtype=np.int64)
-        if length < 0 or np.any(array < 0) or np.any(array > self.num_tokens - length):
+    def _checked_chunks(
+        self, vocab_size: int | None, report: Callable[[int], None]
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Yield the `.bin` file in chunks whose ids were checked."""
+        last, reason = self._last_id(vocab_size)
+        largest, done = -1, 0
+        for chunk in _chunks(self.bin_file):
+            tokens = chunk.view(self.dtype)
+            largest = max(largest, int(tokens.max()))
+            if largest > last or tokens.min() < 0:
+                place = int(np.argmax((tokens < 0) | (tokens > last)))
+                byte = done + place * self.dtype.itemsize
+                expected = f"0 to {last}, {reason}"
+                raise fault(self.bin_path, byte, f"token id {tokens[place]}", expected)
+            yield chunk
+            done += len(chunk)
+            report(done)
+        if self.sidecar is not None and largest != self.sidecar.max_token_id:
             raise DataError(
-                f"{self.prefix}: {length} tokens from each of {array.tolist()[:8]} on were asked "
-                "for; "
-                f"it has {self.num_tokens}"
+                f"{self.prefix}.json says max_token_id {self.sidecar.max_token_id}, but the "
+                f"largest id in {self.bin_path.name} is {largest}; the files do not belong together"
             )
-        return array
 
-    def _mapped_index(self) -> DocumentIndex:
-        with self._lock:
-            if self._index is None:
-                self._index = DocumentIndex(self.idx_path, self._header, self.num_tokens)
-            return self._index
+    def _last_id(self, vocab_size: int | None) -> tuple[int, str]:
+        """Return the largest id that is allowed, and who says so."""
+        limits = [(int(np.iinfo(self.dtype).max), f"the ids of {self.dtype.name}")]
+        if vocab_size is not None:
+            limits.append((vocab_size - 1, "the ids of the vocabulary"))
+        if self.sidecar is not None:
+            name = f"{self.prefix}.json"
+            limits.append((self.sidecar.provenance.vocab_size - 1, f"the vocabulary in {name}"))
+            limits.append((self.sidecar.max_token_id, f"up to max_token_id in {name}"))
+        return min(limits)
 
-    def _descriptor(self) -> int:
-        with self._lock:
-            if self._bin_file is None:
-                self._bin_file = open_file(self.bin_path)
-            return self._bin_file.fileno()
+    def _compare_checksum(
+        self, path: Path, chunks: Iterator[NDArray[np.uint8]], expected: str | None
+    ) -> None:
+        """Draw all chunks of a file; compare their SHA-256 with the sidecar's, if there is one."""
+        digest = hashlib.sha256()
+        for chunk in chunks:
+            if expected is not None:
+                digest.update(chunk.data)
+        if expected is not None and digest.hexdigest() != expected:
+            raise DataError(
+                f"{path}: SHA-256 {digest.hexdigest()}, but {self.prefix}.json says {expected}; "
+                "the file changed since it was written: tokenize the corpus again"
+            )
 
-    def _read_into(self, buffer: memoryview, offset: int) -> None:
-        descriptor, done = self._descriptor(), 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(descriptor, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise DataError(f"{self.bin_path}, byte {offset + done}: {error}") from error
-            if count == 0:
-                raise fault(
-                    self.bin_path,
-                    offset + done,
-                    "the file ends",
-                    f"{len(buffer) - done} more bytes: it was truncated after it was opened",
-                )
-            done += count
+
+def missing_sidecars(datasets: Collection[IndexedDataset]) -> str | None:
+    """Return one line about all datasets without a sidecar; None when each has one."""
+    missing = [f"{dataset.prefix}.json" for dataset in datasets if dataset.sidecar is None]
+    if not missing:
+        return None
+    shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    return (
+        f"{len(missing)} of {len(datasets)} datasets have no sidecar: their tokenizer and their "
+        f"checksums are unknown ({shown} missing)"
+    )
 
 
 def _checked_header(idx_path: Path, bin_size: int) -> IndexHeader:
@@ -259,3 +257,13 @@ def _checked_header(idx_path: Path, bin_size: int) -> IndexHeader:
         header = read_header(idx_path, file, file_size(idx_path))
         check_edges(idx_path, file, header, bin_size)
     return header
+
+
+def _chunks(file: DataFile) -> Iterator[NDArray[np.uint8]]:
+    """Yield a file's bytes in chunks, all in the same memory."""
+    opened = file.open()
+    buffer = np.empty(min(CHUNK, file.size), dtype=np.uint8)
+    for first in range(0, file.size, CHUNK):
+        chunk = buffer[: min(CHUNK, file.size - first)]
+        opened.read_into(chunk.data, first)
+        yield chunk

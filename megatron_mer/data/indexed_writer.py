@@ -1,44 +1,32 @@
 """Writing a tokenized corpus in Megatron's `.bin/.idx` format, with its sidecar.
 
-Everything goes to `PREFIX.bin.partial` and its siblings; only `finalize` gives the final names, the
-`.idx` last, so a dataset that can be opened is whole. A writer that is killed leaves `.partial`
-files, which the next writer of the same prefix reuses; one that fails removes them.
+Nothing has its final name before `finalize`: see `publication`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_mer.data.index_format import MAX_SEQUENCE_TOKENS, IndexHeader, dtype_code
+from megatron_mer.data.publication import Publication, index_pieces
 from megatron_mer.data.sidecar import Provenance, Sidecar
 from megatron_mer.errors import DataError
 
-BIN_BUFFER = 1 << 20
 INDEX_CHUNK = 1 << 20
 """Sequences whose index entries are made together, so that memory stays flat."""
-SUFFIXES = (".bin", ".json", ".idx")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return Megatron's dtype for a vocabulary: uint16 below 65,500 ids, else int32."""
     return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
-
-
-def existing_files(prefix: str | Path) -> list[Path]:
-    """Return the files of a dataset that are already there under its final names."""
-    paths = (Path(f"{prefix}{suffix}") for suffix in SUFFIXES)
-    return [path for path in paths if path.exists()]
 
 
 class IndexedDatasetWriter:
@@ -61,14 +49,12 @@ class IndexedDatasetWriter:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         dtype_code(self.dtype)
-        self._overwrite = overwrite
-        self._refuse_existing()
+        self._publication = Publication(prefix, overwrite)
         self._lengths = array("i")
         self._digest = hashlib.sha256()
         self._max_token_id = -1
         self._num_tokens = 0
         self._limits = np.iinfo(self.dtype)
-        self._bin: BinaryIO | None = self._open_exclusively()
 
     @property
     def num_documents(self) -> int:
@@ -88,8 +74,7 @@ class IndexedDatasetWriter:
 
         Raises:
             DataError: not one dimension of integers, an id outside the dtype's range, too long, or
-            the
-                disk refuses.
+                the disk refuses.
         """
         values = np.asarray(tokens)
         if values.size == 0 and values.ndim == 1:
@@ -110,8 +95,8 @@ class IndexedDatasetWriter:
         self._check(tokens, counts)
         data: NDArray[Any] = np.ascontiguousarray(tokens, dtype=self.dtype)
         raw = data.view(np.uint8).data
-        with self._disk_errors():
-            self._open_bin().write(raw)
+        with self._publication.disk_errors():
+            self._publication.bin.write(raw)
         self._digest.update(raw)
         self._lengths.frombytes(counts.astype(np.int32).tobytes())
         self._num_tokens += data.size
@@ -133,28 +118,16 @@ class IndexedDatasetWriter:
         if self.num_documents == 0:
             self.abort()
             raise DataError(f"{self.prefix}: no document was written, so there is no dataset")
-        self._refuse_existing()
-        with self._disk_errors():
-            bin_file = self._open_bin()
-            bin_file.flush()
-            os.fsync(bin_file.fileno())
-            idx_sha256 = self._write_index()
+        self._publication.refuse_existing()
+        with self._publication.disk_errors():
+            idx_sha256 = self._publication.write_file(".idx", self._index_pieces())
             sidecar = self._write_sidecar(provenance, idx_sha256)
-            self._rename(with_sidecar=sidecar is not None)
-            bin_file.close()
-        self._bin = None
+            self._publication.publish()
         return sidecar
 
     def abort(self) -> None:
         """Remove what was written; the final names stay untouched."""
-        if self._bin is None:
-            return
-        file, self._bin = self._bin, None
-        for suffix in SUFFIXES:
-            self._partial(suffix).unlink(missing_ok=True)
-        # On a full disk, closing tries to write the rest of the buffer and fails again.
-        with contextlib.suppress(OSError):
-            file.close()
+        self._publication.abort()
 
     def __enter__(self) -> IndexedDatasetWriter:
         """Return the writer."""
@@ -168,38 +141,6 @@ class IndexedDatasetWriter:
     ) -> None:
         """Remove what was written unless `finalize` succeeded."""
         self.abort()
-
-    def _partial(self, suffix: str) -> Path:
-        return Path(f"{self.prefix}{suffix}.partial")
-
-    def _refuse_existing(self) -> None:
-        existing = existing_files(self.prefix)
-        if existing and not self._overwrite:
-            names = ", ".join(path.name for path in existing)
-            raise DataError(
-                f"{self.prefix}: {names} already there; choose another prefix, remove it, or "
-                "--overwrite it"
-            )
-
-    def _open_exclusively(self) -> BinaryIO:
-        path = self._partial(".bin")
-        with self._disk_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "ab", buffering=BIN_BUFFER)  # noqa: SIM115 - the writer owns it
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise DataError(f"{path}: another process is writing this dataset") from error
-        except OSError:
-            pass  # A file system without locks: two writers at once are then the user's care.
-        file.truncate(0)
-        return file
-
-    def _open_bin(self) -> BinaryIO:
-        if self._bin is None:
-            raise DataError(f"{self.prefix}: this writer is finished; make a new one")
-        return self._bin
 
     def _check(self, tokens: NDArray[Any], counts: NDArray[np.int64]) -> None:
         place = f"{self.prefix}: document {self.num_documents}"
@@ -224,42 +165,17 @@ class IndexedDatasetWriter:
                 f"0 to {self._limits.max}; choose a wider dtype"
             )
 
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if hasattr(self, "_bin"):
-                self.abort()
-            raise DataError(
-                f"{self.prefix}: cannot be written: {error.strerror or error}; nothing was left "
-                "behind"
-            ) from error
-
-    def _write_index(self) -> str:
+    def _index_pieces(self) -> Iterator[bytes]:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         count = len(lengths)
-        digest = hashlib.sha256()
-        with open(self._partial(".idx"), "wb") as file:
-            for piece in self._index_pieces(lengths, count):
-                digest.update(piece)
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        return digest.hexdigest()
-
-    def _index_pieces(self, lengths: NDArray[np.int32], count: int) -> Iterator[bytes]:
-        yield IndexHeader(self.dtype, count, count + 1).pack()
-        for first in range(0, count, INDEX_CHUNK):
-            yield lengths[first : first + INDEX_CHUNK].astype("<i4").tobytes()
-        offset = 0
-        for first in range(0, count, INDEX_CHUNK):
-            sizes = lengths[first : first + INDEX_CHUNK].astype("<i8") * self.dtype.itemsize
-            ends = np.cumsum(sizes) + offset
-            yield (ends - sizes).astype("<i8").tobytes()
-            offset = int(ends[-1])
-        for first in range(0, count + 1, INDEX_CHUNK):
-            yield np.arange(first, min(first + INDEX_CHUNK, count + 1), dtype="<i8").tobytes()
+        return index_pieces(
+            IndexHeader(self.dtype, count, count + 1),
+            lambda: (lengths[at : at + INDEX_CHUNK] for at in range(0, count, INDEX_CHUNK)),
+            (
+                np.arange(at, min(at + INDEX_CHUNK, count + 1))
+                for at in range(0, count + 1, INDEX_CHUNK)
+            ),
+        )
 
     def _write_sidecar(self, provenance: Provenance | None, idx_sha256: str) -> Sidecar | None:
         if provenance is None:
@@ -273,24 +189,5 @@ class IndexedDatasetWriter:
             bin_sha256=self._digest.hexdigest(),
             idx_sha256=idx_sha256,
         )
-        with open(self._partial(".json"), "w", encoding="utf-8") as file:
-            file.write(sidecar.to_json())
-            file.flush()
-            os.fsync(file.fileno())
+        self._publication.write_file(".json", [sidecar.to_json().encode()])
         return sidecar
-
-    def _rename(self, with_sidecar: bool) -> None:
-        """Give the final names. The old index goes first and the new one comes last.
-
-        Between the two there is no index, so no reader can pair files of different corpora.
-        """
-        for suffix in (".idx", ".json"):
-            Path(self.prefix + suffix).unlink(missing_ok=True)
-        for suffix in SUFFIXES:
-            if suffix != ".json" or with_sidecar:
-                os.replace(self._partial(suffix), self.prefix + suffix)
-        directory = os.open(Path(self.prefix).parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

@@ -1,8 +1,7 @@
 """Training batches: the plan says which samples, a background thread reads them ahead.
 
-A thread and not worker processes: reading is a `pread` a sample, which releases the interpreter's
-lock, and nothing has to be copied between processes. Threads hand over through one condition
-variable.
+A thread and not worker processes: a batch is read in C++ without the interpreter's lock, and
+nothing has to be copied between processes. Threads hand over through one condition variable.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_mer.data.batches import RankBatch, cut_micro_batches, rank_rows
 from megatron_mer.data.indexed_dataset import IndexedDataset
-from megatron_mer.data.packing import read_samples
+from megatron_mer.data.packing import RowReader
 from megatron_mer.errors import DataError, MegatronMerError, TrainingError
 
 REPLAY = 1
@@ -41,14 +40,6 @@ class Rows(Protocol):
         """Sample number in its dataset."""
 
 
-class Entry(Protocol):
-    """A stream entry."""
-
-    @property
-    def index(self) -> int:
-        """Its place in the stream."""
-
-
 class Plan(Protocol):
     """The part of a run's plan that the loader uses."""
 
@@ -60,11 +51,14 @@ class Plan(Protocol):
     def datasets(self) -> Sequence[str]:
         """Dataset names."""
 
+    def datasets_from(self, batch: int) -> Sequence[str]:
+        """Datasets that the rows of a batch and those after it may come from."""
+
     def rows(self, batch: int, start: int = 0, stop: int | None = None) -> Rows:
         """Return the rows [start, stop) of a batch, in order."""
 
-    def entry_of(self, batch: int) -> Entry:
-        """Return the entry that a batch belongs to."""
+    def global_batch_size(self, batch: int) -> int:
+        """Return the rows of a batch over all ranks."""
 
     def mark_skipped(self, batch: int) -> Any:
         """Note that a batch was drawn but not trained on."""
@@ -75,7 +69,7 @@ class TrainLoader:
 
     Args:
         plan: maps (batch, row) to a sample.
-        datasets: open datasets by name; every name of the plan.
+        datasets: open datasets by name; all that the plan's rows may come from.
         seq_length: S.
         vocab_size: ids must be in [0, vocab_size).
         dp_rank: this rank's place among the data-parallel ranks.
@@ -102,13 +96,15 @@ class TrainLoader:
         first_batch: int = 0,
         prefetch: int = 2,
     ) -> None:
-        missing = [name for name in plan.datasets if name not in datasets]
+        used = plan.datasets_from(first_batch)
+        missing = [name for name in used if name not in datasets]
         if missing:
             raise DataError(f"the plan uses datasets that are not open: {', '.join(missing)}")
         self._plan = plan
-        self._datasets = [datasets[name] for name in plan.datasets]
+        self._rows = RowReader([datasets[name] for name in used], seq_length, vocab_size)
+        places = {name: place for place, name in enumerate(used)}
+        self._places = np.array([places.get(name, -1) for name in plan.datasets])
         self._seq_length = seq_length
-        self._vocab_size = vocab_size
         self._dp = (dp_rank, dp_size)
         self._micro_batch_size = micro_batch_size
         self._eod_mask_loss = eod_mask_loss
@@ -175,52 +171,41 @@ class TrainLoader:
 
     def read(self, batch: int) -> RankBatch:
         """Read this rank's part of a batch, in the calling thread."""
-        rows = self._plan.rows(batch)
-        kind, dataset = np.asarray(rows.kind), np.asarray(rows.dataset)
-        sample = np.asarray(rows.sample, dtype=np.int64)
-        place = rank_rows(len(kind), *self._dp, self._micro_batch_size)
-        mine = slice(place.start, place.stop)
-        tokens, mask = self._read_rows(dataset[mine], sample[mine])
-        num_unmasked = self._count_unmasked(dataset, sample)
+        size = self._plan.global_batch_size(batch)
+        mine = rank_rows(size, *self._dp, self._micro_batch_size)
+        # How many targets count is known only from all ranks' rows, unless all of them count.
+        places = range(size) if self._eod_mask_loss else mine
+        rows = self._plan.rows(batch, places.start, places.stop)
+        own = slice(mine.start - places.start, mine.stop - places.start)
+        dataset, sample = self._places[rows.dataset], np.asarray(rows.sample, dtype=np.int64)
+        mask, num_left_out = self._mask(dataset, sample, own)
+        num_unmasked = size * self._seq_length - num_left_out
         if num_unmasked == 0:
             raise DataError(
                 f"no target of batch {batch} counts: batch.eod_mask_loss leaves the first token of "
-                f"each document out, and its {len(kind)} rows hold nothing but first tokens; leave "
-                "the option out or use longer documents"
+                f"each document out, and its {size} rows hold nothing but first tokens; leave the "
+                "option out or use longer documents"
             )
-        replayed = kind == REPLAY
+        samples = self._rows.read(dataset[own], sample[own])
+        replayed = np.asarray(rows.kind)[own] == REPLAY
         return RankBatch(
             batch=batch,
-            entry=self._plan.entry_of(batch).index,
-            micro_batches=cut_micro_batches(tokens, mask, replayed[mine], self._micro_batch_size),
-            num_rows=len(kind),
-            num_replay_rows=int(np.count_nonzero(replayed)),
+            micro_batches=cut_micro_batches(samples, mask, replayed, self._micro_batch_size),
             num_unmasked=num_unmasked,
         )
 
-    def _read_rows(
-        self, dataset: NDArray[np.int32], sample: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        length = self._seq_length
-        tokens = np.empty((len(sample), length + 1), dtype=np.int64)
-        mask = np.ones((len(sample), length), dtype=np.float32)
-        for index in np.unique(dataset).tolist():
-            places = np.flatnonzero(dataset == index)
-            source = self._datasets[index]
-            tokens[places] = read_samples(source, sample[places], length, self._vocab_size)
-            if self._eod_mask_loss:
-                mask[places] = ~source.document_end_masks(sample[places] * length, length)
-        return tokens, mask
-
-    def _count_unmasked(self, dataset: NDArray[np.int32], sample: NDArray[np.int64]) -> int:
-        """Count the global batch's targets without reading tokens: from the index alone."""
-        count = len(sample) * self._seq_length
-        if self._eod_mask_loss:
-            for index in np.unique(dataset).tolist():
-                starts = sample[dataset == index] * self._seq_length
-                ends = self._datasets[index].count_document_ends(starts, self._seq_length)
-                count -= int(ends.sum())
-        return count
+    def _mask(
+        self, dataset: NDArray[np.int32], sample: NDArray[np.int64], own: slice
+    ) -> tuple[NDArray[np.float32], int]:
+        """Return the mask of this rank's rows, and how many targets of all ranks' do not count."""
+        shape = (own.stop - own.start, self._seq_length)
+        if not self._eod_mask_loss:
+            return np.broadcast_to(np.float32(1), shape), 0
+        rows, positions = self._rows.document_ends(dataset, sample)
+        inside = (rows >= own.start) & (rows < own.stop)
+        mask = np.ones(shape, dtype=np.float32)
+        mask[rows[inside] - own.start, positions[inside]] = 0
+        return mask, len(rows)
 
 
 class _ReadAhead:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mer.errors import DataError
+from megatron_mer.errors import DataError, Problem
 
 FORMAT_VERSION = 1
 
@@ -111,6 +112,46 @@ class Sidecar:
                 f"{vocab_size - 1}; raise model.vocab_size to {self.max_token_id + 1} or more"
             )
         return found
+
+
+def merged_provenance(sidecars: Mapping[str, Sidecar]) -> Provenance:
+    """Return the provenance of datasets that are put one after the other: all their sources.
+
+    Args:
+        sidecars: by the datasets' prefixes, in order; at least one.
+
+    Raises:
+        DataError: tokenizer or end-of-document settings differ; a problem for each dataset that
+            deviates from what most have.
+    """
+    settings = {
+        prefix: replace(sidecar.provenance, sources=()) for prefix, sidecar in sidecars.items()
+    }
+    ((usual, count),) = Counter(settings.values()).most_common(1)
+    example = next(prefix for prefix, own in settings.items() if own == usual)
+    others = f"{count} of {len(settings)} datasets, such as {example},"
+    problems = [
+        Problem(
+            f"{prefix}.json",
+            _difference(own, usual, others),
+            remedy="tokenize it again with their tokenizer and settings, or merge it apart",
+        )
+        for prefix, own in settings.items()
+        if own != usual
+    ]
+    if problems:
+        raise DataError(problems)
+    sources = (source for sidecar in sidecars.values() for source in sidecar.provenance.sources)
+    return replace(usual, sources=tuple(sources))
+
+
+def _difference(own: Provenance, usual: Provenance, others: str) -> str:
+    mine, theirs = asdict(own), asdict(usual)
+    return ", ".join(
+        f"{name} {mine[name]!r} where {others} have {theirs[name]!r}"
+        for name in mine
+        if mine[name] != theirs[name]
+    )
 
 
 def read_sidecar(prefix: str) -> Sidecar | None:

@@ -171,7 +171,7 @@ class TrainingEngine:
         unmasked = torch.tensor([float(num_unmasked)], device=self._device)
         for micro in micro_batches:
             inputs, targets, mask, is_replay = (
-                torch.from_numpy(array).to(self._device)
+                torch.tensor(array, device=self._device)
                 for array in (micro.inputs, micro.targets, micro.mask, micro.is_replay)
             )
             yield inputs, (targets, mask, is_replay, unmasked)

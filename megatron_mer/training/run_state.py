@@ -59,13 +59,19 @@ class RunState:
         """The counters of a checkpoint.
 
         Raises:
-            CheckpointError: written by a later format.
+            CheckpointError: written by another format, or not whole.
         """
         version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"the checkpoint's run state has format {version}; this version reads "
                 f"{FORMAT_VERSION}. Resume it with the version that wrote it"
+            )
+        missing = [key for key in (*vars(cls()), "history", "settings") if key not in content]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint's run state lacks {', '.join(missing)}: it was written by an "
+                "unfinished version; begin anew with --fresh"
             )
         return cls(
             batches=int(content["batches"]),

@@ -21,7 +21,7 @@ from megatron_mer.data.sidecar import Provenance, Source
 from megatron_mer.errors import DataError
 
 PROVENANCE = Provenance(
-    "sentencepiece", "f" * 64, 100, 2, True, (Source("a.jsonl", 2, 1, 40, "0" * 64),)
+    "sentencepiece", "f" * 64, 300, 2, True, (Source("a.jsonl", 2, 1, 40, "0" * 64),)
 )
 # Two documents, [1, 2, 3] and [258], as uint16: written out by hand from the format's description.
 GOLDEN_BIN = bytes.fromhex("0100 0200 0300 0201")

@@ -31,27 +31,35 @@ class FakePlan:
     fails_at: int | None = None
     error: BaseException = field(default_factory=lambda: ValueError("no such ordinal"))
     drawn: list[int] = field(default_factory=list)
+    places: list[tuple[int, int | None]] = field(default_factory=list)
+    batch_sizes: dict[int, int] = field(default_factory=dict)
+    gone: str | None = None
 
     @property
     def datasets(self) -> tuple[str, ...]:
         return tuple(self.sizes)
 
+    def datasets_from(self, batch: int) -> list[str]:
+        return [name for name in self.sizes if name != self.gone]
+
     def rows(self, batch: int, start: int = 0, stop: int | None = None) -> SimpleNamespace:
         self.drawn.append(batch)
+        self.places.append((start, stop))
         if batch == self.fails_at:
             raise self.error
         generator = np.random.default_rng([batch, len(self.skipped)])
-        dataset = generator.integers(0, len(self.sizes), NUM_ROWS).astype(np.int32)
+        size = self.global_batch_size(batch)
+        dataset = generator.integers(0, len(self.sizes), size).astype(np.int32)
         limits = np.array(list(self.sizes.values()))[dataset]
         piece = slice(start, stop)
         return SimpleNamespace(
-            kind=generator.integers(0, 2, NUM_ROWS).astype(np.uint8)[piece],
+            kind=generator.integers(0, 2, size).astype(np.uint8)[piece],
             dataset=dataset[piece],
             sample=generator.integers(0, limits)[piece],
         )
 
-    def entry_of(self, batch: int) -> SimpleNamespace:
-        return SimpleNamespace(index=batch // 3)
+    def global_batch_size(self, batch: int) -> int:
+        return self.batch_sizes.get(batch, NUM_ROWS)
 
     def mark_skipped(self, batch: int) -> None:
         self.skipped.append(batch)
@@ -103,7 +111,6 @@ def test_rows_come_from_the_plan(plan: FakePlan, datasets: dict[str, IndexedData
     with load(plan, datasets) as loader:
         batches = list(loader)
     assert [batch.batch for batch in batches] == list(range(6))
-    assert [batch.entry for batch in batches] == [0, 0, 0, 1, 1, 1]
     for batch in batches:
         rows = plan.rows(batch.batch)
         tokens = np.hstack((joined([batch], "inputs"), joined([batch], "targets")[:, -1:]))
@@ -112,8 +119,7 @@ def test_rows_come_from_the_plan(plan: FakePlan, datasets: dict[str, IndexedData
             start = int(rows.sample[row]) * SEQ_LENGTH
             np.testing.assert_array_equal(tokens[row], source.tokens(start, start + SEQ_LENGTH + 1))
         np.testing.assert_array_equal(joined([batch], "is_replay"), rows.kind == 1)
-        assert batch.num_replay_rows == int(rows.kind.sum())
-        assert (batch.num_rows, batch.num_unmasked) == (NUM_ROWS, NUM_ROWS * SEQ_LENGTH)
+        assert batch.num_unmasked == NUM_ROWS * SEQ_LENGTH
         assert joined([batch], "mask").all()
         first = batch.micro_batches[0]
         assert (first.inputs.dtype, first.targets.dtype) == (np.int64, np.int64)
@@ -145,7 +151,49 @@ def test_every_layout_gets_the_same_global_batches(
         for part in parts:
             assert len(part.micro_batches) == NUM_ROWS // dp_size // micro
             assert part.num_unmasked == expected.num_unmasked
-            assert part.num_replay_rows == expected.num_replay_rows
+
+
+def test_a_rank_draws_no_rows_but_its_own_unless_masks_need_them(
+    plan: FakePlan, datasets: dict[str, IndexedDataset]
+) -> None:
+    for eod_mask_loss, places in ((False, (6, 9)), (True, (0, NUM_ROWS))):
+        plan.places.clear()
+        layout = {"dp_rank": 2, "dp_size": 4, "micro_batch_size": 3}
+        with load(plan, datasets, eod_mask_loss=eod_mask_loss, **layout) as loader:
+            list(loader)
+        assert plan.places == [places] * 6
+
+
+@pytest.mark.parametrize("eod_mask_loss", [False, True])
+def test_batch_sizes_may_change_from_batch_to_batch(
+    plan: FakePlan, datasets: dict[str, IndexedDataset], eod_mask_loss: bool
+) -> None:
+    plan.batch_sizes = {2: 4, 3: 24}
+    ranks = []
+    for rank in range(2):
+        layout = {"dp_rank": rank, "dp_size": 2, "micro_batch_size": 2}
+        with load(plan, datasets, eod_mask_loss=eod_mask_loss, **layout) as loader:
+            ranks.append(list(loader))
+    for number, size in enumerate([12, 12, 4, 24, 12, 12]):
+        parts = [rank[number] for rank in ranks]
+        assert [len(part.micro_batches) for part in parts] == [size // 4] * 2
+        assert len(joined(parts, "inputs")) == size
+        assert {part.num_unmasked for part in parts} == {int(joined(parts, "mask").sum())}
+        rows = plan.rows(number)
+        firsts = [
+            datasets[plan.datasets[d]].tokens(s * SEQ_LENGTH, s * SEQ_LENGTH + 1)[0]
+            for d, s in zip(rows.dataset.tolist(), rows.sample.tolist(), strict=True)
+        ]
+        assert joined(parts, "inputs")[:, 0].tolist() == firsts
+
+
+def test_micro_batches_share_memory(plan: FakePlan, datasets: dict[str, IndexedDataset]) -> None:
+    with load(plan, datasets) as loader:
+        first, second = next(loader).micro_batches[:2]
+    assert np.shares_memory(first.inputs, first.targets)
+    assert first.inputs.base is second.inputs.base
+    assert not first.mask.flags.writeable
+    assert np.shares_memory(first.mask, second.mask)
 
 
 def test_masks_leave_out_the_first_token_of_each_document(
