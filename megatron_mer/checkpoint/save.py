@@ -46,7 +46,7 @@ def save_checkpoint(
     rank: int,
     world_size: int,
     barrier: Callable[[], None],
-    all_ok: Callable[[bool], bool],
+    first_failure: Callable[[str | None], str | None],
     keep_last: int = 2,
 ) -> Path:
     """Write this rank's part of a checkpoint; returns when all of it is on the disk. Collective.
@@ -63,7 +63,8 @@ def save_checkpoint(
         rank: This rank.
         world_size: Number of ranks.
         barrier: A collective that returns when every rank has called it.
-        all_ok: A collective: every rank gives its bool and gets whether all were True.
+        first_failure: A collective: every rank gives why it failed, or None, and gets the reason of
+            the first rank that did.
         keep_last: Newest checkpoints to keep, >= 1. Those with a larger step than this one are of a
             future that this run has left, and go.
 
@@ -76,7 +77,7 @@ def save_checkpoint(
     root = Path(directory)
     final = root / step_name(step)
     temporary = root / (final.name + TEMPORARY)
-    together = _Together(all_ok, final, temporary, rank)
+    together = _Together(first_failure, final, temporary, rank)
     barrier()  # no rank still reads a checkpoint that the next lines may rename
     with together:
         if rank == 0:
@@ -99,9 +100,13 @@ class _Together:
     """
 
     def __init__(
-        self, all_ok: Callable[[bool], bool], final: Path, temporary: Path, rank: int
+        self,
+        first_failure: Callable[[str | None], str | None],
+        final: Path,
+        temporary: Path,
+        rank: int,
     ) -> None:
-        self._all_ok = all_ok
+        self._first_failure = first_failure
         self._final = final
         self._temporary = temporary
         self._rank = rank
@@ -112,13 +117,13 @@ class _Together:
     def __exit__(self, kind: object, cause: BaseException | None, trace: object) -> None:
         if cause is not None and not isinstance(cause, Exception):
             return
-        if self._all_ok(cause is None):
+        reason = self._first_failure(f"rank {self._rank}: {cause}" if cause else None)
+        if reason is None:
             return
         # No rank writes any more: give a full disk its space back.
         if self._rank == 0 and self._temporary.exists():
             with contextlib.suppress(OSError):
                 remove_directory(self._temporary)
-        reason = f"rank {self._rank}: {cause}" if cause else "another rank failed and says why"
         raise CheckpointError(
             f"{self._final} was not written ({reason}); older checkpoints are whole. "
             "Check the space and the rights there, then start again: the run resumes."

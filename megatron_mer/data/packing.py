@@ -138,6 +138,10 @@ class RowReader:
         self, dataset: NDArray[np.integer], sample: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.int64]]:
         """Check rows; return their order by dataset and sample, and both columns in that order."""
+        if len(dataset) and dataset.min() < 0:  # NumPy would count from the end
+            raise DataError(
+                f"rows come from dataset {dataset.min()}, which is not among those open"
+            )
         held = np.maximum(self._tables[dataset, 3] - 1, 0) // self._seq_length
         wrong = (sample < 0) | (sample >= held)
         if wrong.any():

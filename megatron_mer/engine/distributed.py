@@ -83,11 +83,18 @@ def tensor_parallel_group(layout: Layout, rank: int) -> TensorParallelGroup:
     return mine
 
 
-def all_true(value: bool) -> bool:
-    """Whether every rank says True. Collective."""
-    flag = torch.tensor([0 if value else 1], dtype=torch.int64, device=device())
+def first_failure(reason: str | None) -> str | None:
+    """Why the first rank that failed did so; None if none did. Collective.
+
+    Every rank hears the cause, so whichever notes it first notes the right one.
+    """
+    flag = torch.tensor([0 if reason is None else 1], dtype=torch.int64, device=device())
     dist.all_reduce(flag)
-    return int(flag.item()) == 0
+    if int(flag.item()) == 0:
+        return None
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next(one for one in reasons if one is not None)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from megatron_mer.checkpoint import save_checkpoint
 from megatron_mer.continual.plan import Entry
 from megatron_mer.continual.reptile import Reptile, ReptileUpdate
 from megatron_mer.data.loader import TrainLoader
-from megatron_mer.engine.distributed import all_true
+from megatron_mer.engine.distributed import first_failure
 from megatron_mer.engine.training_engine import StepOutcome, TrainingEngine
 from megatron_mer.errors import TrainingError
 from megatron_mer.log import get_logger
@@ -258,7 +258,7 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
             barrier=dist.barrier,
-            all_ok=all_true,
+            first_failure=first_failure,
             keep_last=self.config.checkpoint.keep_last,
         )
         self._saved_at = self.state.batches

@@ -11,7 +11,7 @@ from megatron_mer.config import RunConfig, check_layout, resolve_vocab
 from megatron_mer.continual.plan import Plan
 from megatron_mer.continual.stream import plan_spec
 from megatron_mer.data.evaluation_set import EvaluationSet
-from megatron_mer.data.indexed_dataset import IndexedDataset
+from megatron_mer.data.indexed_dataset import IndexedDataset, missing_sidecars
 from megatron_mer.data.packing import num_samples
 from megatron_mer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mer.errors import ConfigError, DataError, Problem
@@ -62,7 +62,8 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
     problems += check_layout(config, world_size)
     training = dict(_open_training(config, tokenizer, problems))
     valid = dict(_open_valid(config, tokenizer, problems))
-    _warn_of_missing_sidecars(training)
+    if text := missing_sidecars(training.values()):
+        logger.warning("%s", text)
     plan = None
     if not problems:
         started = not fresh and RunDirectory(config.output_dir).has_checkpoint()
@@ -70,19 +71,6 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
     if problems or tokenizer is None or plan is None:
         raise ConfigError(problems)
     return Prepared(config, tokenizer, training, valid, plan)
-
-
-def _warn_of_missing_sidecars(training: Mapping[str, IndexedDataset]) -> None:
-    """One line, since it may be all of thousands."""
-    bare = [dataset.prefix for dataset in training.values() if dataset.sidecar is None]
-    if bare:
-        logger.warning(
-            "%d of %d datasets have no sidecar, so their tokenizer and checksums are unknown: %s%s",
-            len(bare),
-            len(training),
-            ", ".join(f"{prefix}.json" for prefix in bare[:3]),
-            ", ..." if len(bare) > 3 else "",
-        )
 
 
 def _plan(config: RunConfig, training: Mapping[str, IndexedDataset], started: bool) -> Plan:

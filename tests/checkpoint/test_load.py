@@ -24,7 +24,7 @@ def alone(root: Path, step: int, fragments: list[Fragment]) -> Path:
         rank=0,
         world_size=1,
         barrier=lambda: None,
-        all_ok=lambda ok: ok,
+        first_failure=lambda reason: reason,
     )
 
 
@@ -61,7 +61,7 @@ def blank(fragment: Fragment) -> Fragment:
 def test_any_data_parallel_layout(
     tmp_path: Path, ranks: type, tp_dim: int, saved_dp: int, loaded_dp: int
 ):
-    def one(rank: int, all_ok: Callable[[bool], bool]) -> object:
+    def one(rank: int, first_failure: Callable[[str | None], str | None]) -> object:
         fragments = owned(rank % 2, 2, rank // 2, saved_dp, tp_dim)
         return save_checkpoint(
             tmp_path,
@@ -71,7 +71,7 @@ def test_any_data_parallel_layout(
             rank=rank,
             world_size=2 * saved_dp,
             barrier=lambda: None,
-            all_ok=all_ok,
+            first_failure=first_failure,
         )
 
     path = ranks(2 * saved_dp).run(one)[0]
@@ -85,7 +85,7 @@ def test_any_data_parallel_layout(
 
 
 def test_an_unchanged_layout_opens_its_own_files_only(tmp_path: Path, ranks: type):
-    def one(rank: int, all_ok: Callable[[bool], bool]) -> object:
+    def one(rank: int, first_failure: Callable[[str | None], str | None]) -> object:
         return save_checkpoint(
             tmp_path,
             3,
@@ -94,7 +94,7 @@ def test_an_unchanged_layout_opens_its_own_files_only(tmp_path: Path, ranks: typ
             rank=rank,
             world_size=3,
             barrier=lambda: None,
-            all_ok=all_ok,
+            first_failure=first_failure,
         )
 
     path = ranks(3).run(one)[0]

@@ -40,7 +40,7 @@ def save(root: Path, step: int, value: float | None = None, **options: int) -> P
     value = float(step if value is None else value)
     return save_checkpoint(
         root, step, [fragment(value)], {"value": value}, rank=0, world_size=1,
-        barrier=lambda: None, all_ok=lambda ok: ok, **options,
+        barrier=lambda: None, first_failure=lambda reason: reason, **options,
     )  # fmt: skip
 
 
@@ -84,7 +84,14 @@ def test_the_tensor_file_is_what_safetensors_reads(tmp_path: Path):
         Fragment("é/w", "exp_avg", (4,), None, 0, 1, 0, exp_avg),
     ]
     path = save_checkpoint(
-        tmp_path, 1, fragments, {}, rank=0, world_size=1, barrier=lambda: None, all_ok=lambda ok: ok
+        tmp_path,
+        1,
+        fragments,
+        {},
+        rank=0,
+        world_size=1,
+        barrier=lambda: None,
+        first_failure=lambda reason: reason,
     )
     stored = load_file(path / "rank_00000.safetensors")
     assert stored.keys() == {"last_delta/norm", "master/norm", "exp_avg/é/w"}
@@ -145,7 +152,7 @@ def test_a_state_that_is_no_json_is_refused(tmp_path: Path, state: dict):
             rank=0,
             world_size=1,
             barrier=lambda: None,
-            all_ok=lambda ok: ok,
+            first_failure=lambda reason: reason,
         )
     assert names(tmp_path) == ["latest", "step_000000001"]
 
@@ -160,15 +167,15 @@ def test_a_key_given_twice_is_refused(tmp_path: Path):
             rank=0,
             world_size=1,
             barrier=lambda: None,
-            all_ok=lambda ok: ok,
+            first_failure=lambda reason: reason,
         )
 
 
 def save_on(ranks: type, root: Path, step: int, world_size: int = 3) -> list[object]:
-    def one(rank: int, all_ok: Callable[[bool], bool]) -> object:
+    def one(rank: int, first_failure: Callable[[str | None], str | None]) -> object:
         return save_checkpoint(
             root, step, [fragment(step, rank, world_size)], {"value": float(step)}, rank=rank,
-            world_size=world_size, barrier=lambda: None, all_ok=all_ok,
+            world_size=world_size, barrier=lambda: None, first_failure=first_failure,
         )  # fmt: skip
 
     return ranks(world_size).run(one)
@@ -225,7 +232,7 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all(
 
 
 def test_directories_that_are_not_shared_are_told(tmp_path: Path, ranks: type):
-    def one(rank: int, all_ok: Callable[[bool], bool]) -> object:
+    def one(rank: int, first_failure: Callable[[str | None], str | None]) -> object:
         own = tmp_path / f"node{rank}"
         # Rank 1 on another node: its directory exists there, rank 0 does not see its files.
         (own / "step_000000001.tmp").mkdir(parents=True, exist_ok=True) if rank else None
@@ -237,7 +244,7 @@ def test_directories_that_are_not_shared_are_told(tmp_path: Path, ranks: type):
             rank=rank,
             world_size=2,
             barrier=lambda: None,
-            all_ok=all_ok,
+            first_failure=first_failure,
         )
 
     errors = ranks(2).run(one)

@@ -235,7 +235,7 @@ def test_skips_and_histories_that_do_not_fit_are_refused() -> None:
         [history[0], {**history[1], "batches": [3, 6]}],
         [{**history[0], "batches": [9, 0]}, history[1]],
         [{**history[0], "skipped": [[9, 10]]}, history[1]],
-        [history[0], {**history[1], "seed": 6}],
+        [*history, history[1]],
     ):
         with pytest.raises(CheckpointError):
             Plan.from_history(bad)

@@ -307,7 +307,7 @@ def test_damage_inside_never_gets_a_new_checksum(
 
 
 def test_the_full_check_comes_before_anything_is_written(three: list[Path], tmp_path: Path) -> None:
-    patch(Path(f"{three[2]}.bin"), 0, "<H", 5)
+    patch(Path(f"{three[2]}.bin"), 0, "<H", 4)
     merging = DatasetMerge(three, tmp_path / "new" / "m")
     seen: list[tuple[int, int]] = []
     with pytest.raises(DataError, match=r"s2\.bin: SHA-256"):

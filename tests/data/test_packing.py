@@ -80,6 +80,13 @@ def test_no_rows(datasets: list[IndexedDataset]) -> None:
     assert (rows.shape, positions.shape) == ((0,), (0,))
 
 
+def test_no_dataset_is_counted_from_the_end(datasets: list[IndexedDataset]) -> None:
+    reader = RowReader(datasets, 4, 200)
+    for read in (reader.read, reader.document_ends):
+        with pytest.raises(DataError, match="rows come from dataset -1, which is not among those"):
+            read(np.array([0, -1]), np.array([0, 0]))
+
+
 def test_errors_name_the_corpus_among_many(datasets: list[IndexedDataset]) -> None:
     dataset, sample = np.array([1, 2, 0, 1]), np.array([3, 11, 1, 2])
     reader = RowReader(datasets, 4, 47)
