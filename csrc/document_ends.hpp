@@ -64,15 +64,31 @@ class DocumentEnds {
   private:
     static constexpr i64 kBlock = 128;  // documents that are read together
 
-    // A document of which at most kBlock ones on the first lies that ends after `token`.
+    // A document of which at most kBlock ones on the first lies that ends after `token`. Requests
+    // mostly come sorted by file and token: the search then widens from where the last one stood.
     i64 narrowed(const DocumentTable& table, i64 token, i64 row) {
-        i64 low = 0, high = table.num_documents();
+        const bool goes_on = table.descriptor == last_descriptor_ && token >= last_token_;
+        i64 low = goes_on ? last_low_ : 0, high = table.num_documents();
+        for (i64 step = kBlock; goes_on && low + step < high; step *= 2) {
+            if (end_of(table, low + step, row) > token) {
+                high = low + step;
+            } else {
+                low += step;
+            }
+        }
         while (high - low > kBlock) {
             const i64 middle = low + (high - low) / 2;
-            load(table, middle, 1, row);
-            (ends_[0] <= token ? low : high) = middle;
+            (end_of(table, middle, row) <= token ? low : high) = middle;
         }
+        last_descriptor_ = table.descriptor;
+        last_token_ = token;
+        last_low_ = low;
         return low;
+    }
+
+    i64 end_of(const DocumentTable& table, i64 document, i64 row) {
+        load(table, document, 1, row);
+        return ends_[0];
     }
 
     // Reads where `count` documents end: before which sequence, and at which token that one starts.
@@ -111,6 +127,8 @@ class DocumentEnds {
     }
 
     std::vector<i64> sequences_, ends_, pointers_;
+    int last_descriptor_ = -1;
+    i64 last_token_ = 0, last_low_ = 0;
 };
 
 }  // namespace mer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -113,7 +113,8 @@ class _Comparison:
 
     def replay(self) -> Iterator[Difference]:
         was, now = self.old.spec.replay, self.spec.replay
-        if _effective(was) != _effective(now):
+        tasks = {entry.task for entry in self.old.spec.stream}
+        if _effective(was, tasks) != _effective(now, tasks):
             text = f"replay was {_describe_replay(was)}, is {_describe_replay(now)}"
             yield Difference(self._first_replay(), text, "replay")
 
@@ -271,11 +272,16 @@ def _name(entry: EntrySpec) -> str:
     return f"task {entry.task!r}{', trained before' if entry.trained_before else ''}"
 
 
-def _effective(replay: ReplaySpec | None) -> ReplaySpec | None:
-    """Without the spelling: 0.5 and 0.50 are one share, and alpha 0 is no replay."""
+def _effective(replay: ReplaySpec | None, tasks: Container[str]) -> ReplaySpec | None:
+    """Without the spelling: 0.5 and 0.50 are one share, and alpha 0 is no replay.
+
+    The weight of a task that is appended changes nothing ahead of it.
+    """
     if replay is None or replay.alpha == 0:
         return None
-    weights = None if replay.weights is None else dict(replay.weights)
+    weights = None
+    if replay.weights is not None:
+        weights = {task: weight for task, weight in replay.weights.items() if task in tasks}
     return replace(replay, alpha=replay.alpha.normalize(), weights=weights)
 
 

@@ -105,10 +105,13 @@ class Plan:
         Raises:
             CheckpointError: it is no history of a plan.
             ConfigError: as for a new plan.
+            ValueError: the specification changes more than that.
         """
         old = cls.from_history(history)
         *earlier, last = old.segments
         plan = cls._of([*earlier, replace(last, spec=spec)], allow_exhausted=True)
+        if not _appends(old, plan):
+            raise ValueError("the specification changes what was there; see `continued`")
         # What skipped batches drove past its limit was warned of, and is too late to refuse.
         if found := [one for one in plan.exhausted if one not in old.exhausted]:
             raise ConfigError(found)
@@ -142,7 +145,8 @@ class Plan:
         """
         old = cls.from_history(history).segments
         kept = [one for one in old if one.first_batch < batch]
-        return cls._of([*kept, Segment(batch, spec)], allow_exhausted)
+        known = sum(len(one.skipped) for one in kept)
+        return cls._of([*kept, Segment(batch, spec, skips_known=known)], allow_exhausted)
 
     @classmethod
     def _of(cls, segments: Sequence[Segment], allow_exhausted: bool = False) -> Plan:
@@ -302,8 +306,8 @@ class Plan:
 
         Returns:
             For each segment: `first_batch`, the specification, `batches` (that it trains of each
-            entry of its stream), `cursors` (of each dataset, at the segment's start), and `skipped`
-            (ranges [first, end) of batches).
+            entry of its stream), `cursors` (of each dataset, at the segment's start), `skips_known`
+            (skipped batches of the run when it was made) and `skipped` (ranges [first, end)).
         """
         ends = [*(segment.first_batch for segment in self.segments[1:]), self.total_batches + 1]
         skipped = self.skipped
@@ -326,6 +330,7 @@ class Plan:
         cursors = self._index.cursors_at(segment.first_batch).tolist()
         return {
             "first_batch": segment.first_batch,
+            "skips_known": segment.skips_known,
             **segment.spec.to_json(),
             "batches": batches,
             "cursors": dict(zip(known, cursors, strict=False)),
@@ -363,5 +368,20 @@ class Plan:
 
 
 def _segment(values: Mapping[str, Any]) -> Segment:
-    spec = PlanSpec.from_json(values)
-    return Segment(values["first_batch"], spec, tuple(batches_of(values["skipped"])))
+    spec, skipped = PlanSpec.from_json(values), tuple(batches_of(values["skipped"]))
+    return Segment(values["first_batch"], spec, skipped, values.get("skips_known", 0))
+
+
+def _appends(old: Plan, new: Plan) -> bool:
+    """Whether a plan has all that another one has, in the same places."""
+    trained_before = [sum(one.trained_before for one in plan.entries) for plan in (old, new)]
+    mixes = [
+        [(one.task, [(data.name, data.weight) for data in one.datasets]) for one in spec.stream]
+        for spec in (old.spec, new.spec)
+    ]
+    return (
+        trained_before[0] == trained_before[1]
+        and new.entries[: len(old.entries)] == old.entries
+        and mixes[1][: len(mixes[0])] == mixes[0]
+        and new.spec.global_batch_size == old.spec.global_batch_size
+    )

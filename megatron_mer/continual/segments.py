@@ -25,7 +25,9 @@ class Segment:
     first_batch: int
     spec: PlanSpec
     skipped: tuple[int, ...] = field(default=(), compare=False)
-    """Batches without an update that were known when the plan was made, increasing."""
+    """Its batches without an update that are known so far, increasing."""
+    skips_known: int = 0
+    """Skipped batches of the run when the segment was made: its lengths were decided by them."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,12 @@ def make_index(segments: Sequence[Segment]) -> _index.Plan:
     """Lays all segments out in the C++ core.
 
     Raises:
-        ConfigError: an entry asks for less than was trained of it, or for more rows than 64-bit
-            integers count.
+        ConfigError: segments contradict each other in what a change may not touch, or the plan has
+            more rows than 64-bit integers count.
     """
+    problems = [*_contradictions(segments)]
+    if problems:
+        raise ConfigError(problems)
     tasks = {task: number for number, task in enumerate(tasks_of(segments))}
     sizes = sizes_of(segments)
     numbers = {name: number for number, name in enumerate(sizes)}
@@ -85,10 +90,15 @@ def make_index(segments: Sequence[Segment]) -> _index.Plan:
             dataset_sizes=np.array(list(sizes.values()), dtype=np.int64),
         )
         known: Counter[tuple[object, ...]] = Counter()
+        skipped = [batch for segment in segments for batch in segment.skipped]
+        marked = 0
         for segment in segments:
-            _append(index, segment, tasks, numbers, known)
-            for batch in segment.skipped:
+            for batch in skipped[marked : segment.skips_known]:
                 index.mark_skipped(batch)
+            marked = max(marked, segment.skips_known)
+            _append(index, segment, tasks, numbers, known)
+        for batch in skipped[marked:]:
+            index.mark_skipped(batch)
     except ValueError as error:
         raise ConfigError([Problem("stream", str(error))]) from error
     return index
@@ -104,6 +114,9 @@ def _append(
     """Adds a segment; `known` counts the entries trained before that are in the pool already."""
     spec = segment.spec
     progress = progress_at(index, segment.first_batch)
+    problems = [*_lost(index, segment, list(tasks), known)]
+    if problems:
+        raise ConfigError(problems)
     numerator, denominator = spec.replay.alpha.as_integer_ratio() if spec.replay else (0, 1)
     weights = spec.replay.task_weights(list(tasks)) if spec.replay else []
     spans = []
@@ -126,6 +139,40 @@ def _append(
         task_weights=np.array(weights, dtype=np.float64),
         spans=spans,
     )
+
+
+def _contradictions(segments: Sequence[Segment]) -> Iterator[Problem]:
+    first, sizes = segments[0].spec, sizes_of(segments)
+    for segment in segments[1:]:
+        for name in ("seed", "seq_length"):
+            was, now = getattr(first, name), getattr(segment.spec, name)
+            if was != now:
+                yield Problem(name, f"{now} after {was}", "one value for the whole run")
+        for name, size in segment.spec.datasets.items():
+            if size != sizes[name]:
+                given = f"dataset {name!r} with {size} samples after {sizes[name]}"
+                yield Problem("stream", given, "one number, since one name is one dataset")
+
+
+def _lost(
+    index: _index.Plan,
+    segment: Segment,
+    tasks: Sequence[str],
+    known: Counter[tuple[object, ...]],
+) -> Iterator[Problem]:
+    """What earlier segments began and this one does not have in its place."""
+    stream = segment.spec.stream
+    for position, task, _, first, last, before in index.spans().tolist():
+        if before or min(last, segment.first_batch) <= first:
+            continue
+        now = stream[position] if position < len(stream) else None
+        if now is None or now.trained_before or now.task != tasks[task]:
+            given = "another task or none" if now is None else f"task {now.task!r}"
+            allowed = f"task {tasks[task]!r}, which was begun"
+            yield Problem(f"stream.{position}", given, allowed)
+    here = Counter(pool_key(entry) for entry in stream if entry.trained_before)
+    for task, _ in known - here:
+        yield Problem("stream", f"no task {task!r}, trained before", "it is in the replay pool")
 
 
 def pool_key(entry: EntrySpec) -> tuple[object, ...]:

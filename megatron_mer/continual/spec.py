@@ -175,8 +175,8 @@ def problems_of(spec: PlanSpec) -> list[Problem]:
 def _numbers(spec: PlanSpec) -> Iterator[Problem]:
     if not 0 <= spec.seed <= MAX_SEED:
         yield Problem("seed", f"{spec.seed}", "0 to 2^64 - 1")
-    if spec.global_batch_size < 1:
-        yield Problem("batch.global_batch_size", f"{spec.global_batch_size}", "at least 1")
+    if not 1 <= spec.global_batch_size <= 2**62:
+        yield Problem("batch.global_batch_size", f"{spec.global_batch_size}", "1 to 2^62")
     if spec.seq_length < 1:
         yield Problem("model.seq_length", f"{spec.seq_length}", "at least 1")
 

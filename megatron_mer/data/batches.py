@@ -14,7 +14,8 @@ from megatron_mer.errors import DataError
 class MicroBatch:
     """Rows that one rank processes together; B = micro_batch_size, S = seq_length.
 
-    The arrays are views that share memory with each other and may be read-only.
+    The arrays are views that share memory with each other and with other micro batches: they are
+    there to be read, and nothing may write to them.
     """
 
     inputs: NDArray[np.int64]

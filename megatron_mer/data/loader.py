@@ -108,6 +108,7 @@ class TrainLoader:
         self._dp = (dp_rank, dp_size)
         self._micro_batch_size = micro_batch_size
         self._eod_mask_loss = eod_mask_loss
+        self._ones = np.ones((0, seq_length), dtype=np.float32)
         self._delivered = first_batch - 1
         self._prefetch = max(1, prefetch)
         self._closed = False
@@ -200,7 +201,10 @@ class TrainLoader:
         """Return the mask of this rank's rows, and how many targets of all ranks' do not count."""
         shape = (own.stop - own.start, self._seq_length)
         if not self._eod_mask_loss:
-            return np.broadcast_to(np.float32(1), shape), 0
+            # One array for all batches: nothing writes to it.
+            if self._ones.shape != shape:
+                self._ones = np.ones(shape, dtype=np.float32)
+            return self._ones, 0
         rows, positions = self._rows.document_ends(dataset, sample)
         inside = (rows >= own.start) & (rows < own.stop)
         mask = np.ones(shape, dtype=np.float32)

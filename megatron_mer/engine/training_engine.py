@@ -167,11 +167,14 @@ class TrainingEngine:
     def _labelled(
         self, micro_batches: Iterable[MicroBatch], num_unmasked: int
     ) -> Iterator[tuple[Tensor, Labels]]:
-        """Micro batches as DeepSpeed takes them: (inputs, labels with the denominator)."""
+        """Micro batches as DeepSpeed takes them: (inputs, labels with the denominator).
+
+        On a CPU the tensors share the loader's memory, which nothing writes to any more.
+        """
         unmasked = torch.tensor([float(num_unmasked)], device=self._device)
         for micro in micro_batches:
             inputs, targets, mask, is_replay = (
-                torch.tensor(array, device=self._device)
+                torch.from_numpy(array).to(self._device)
                 for array in (micro.inputs, micro.targets, micro.mask, micro.is_replay)
             )
             yield inputs, (targets, mask, is_replay, unmasked)

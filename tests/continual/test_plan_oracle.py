@@ -33,7 +33,7 @@ def check_every_row(life: Life) -> None:
     assert_walked(again, run)
 
 
-@settings(max_examples=80)
+@settings(max_examples=150)
 @given(life=lives(changes=0))
 def test_every_row_equals_the_oracle(life: Life) -> None:
     check_every_row(life)

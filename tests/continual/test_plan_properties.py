@@ -27,7 +27,7 @@ from tests.continual.plan_strategies import (
 )
 
 LIVES = lives(changes=3)
-few = settings(max_examples=40)
+few = settings(max_examples=60)
 
 
 def spec_of(life: Life, span: tuple[int, int]) -> PlanSpec:

@@ -42,7 +42,7 @@ def check_pool_batches(life: Life, run: oracle.Run) -> None:
             assert line["replay_share"] == share
 
 
-@settings(max_examples=80)
+@settings(max_examples=150)
 @given(life=lives(changes=4))
 def test_every_row_of_a_changed_run_equals_the_oracle(life: Life) -> None:
     event(f"{len(life.segments)} segments")
@@ -222,7 +222,16 @@ def test_skips_and_histories_that_do_not_fit_are_refused() -> None:
     plan.mark_skipped(5)
     for batch, error in ((5, ConfigError), (17, ConfigError)):
         with pytest.raises(error, match=str(batch)):
-            Plan.continued(stored(plan), spec(A), batch)
+            Plan.continued(stored(plan), spec(A, B), batch)
+    for other, words in (
+        (spec(A), "task 'b', which was begun"),
+        (replace(spec(A, B), seed=99), "seed: 99 after"),
+        (replace(spec(A, B), seq_length=99), "seq_length: 99 after"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Plan.continued(stored(plan), other, 15)
+    with pytest.raises(ValueError, match="changes what was there"):
+        Plan.extended(stored(plan), spec(A, B, rows=4))
     changed = Plan.continued(stored(plan), spec(A, B, rows=4), 8)
     with pytest.raises(ValueError, match=r"batch 3 .* 5"):
         Plan.from_history(stored(changed)).mark_skipped(3)
@@ -239,3 +248,21 @@ def test_skips_and_histories_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(CheckpointError):
             Plan.from_history(bad)
+
+
+def test_a_skip_ahead_of_a_change_that_is_still_to_come_changes_no_length() -> None:
+    """The lengths of a segment were decided when it was made: without the skips after that."""
+    one = EntrySpec("one", (DatasetSpec("one", 40),), steps=2, max_epochs=9)
+    two = EntrySpec("two", (DatasetSpec("two", 40),), fresh_tokens=48, max_epochs=9)
+    longer = replace(one, steps=3)
+    replay = ReplaySpec(Decimal("0.5"))
+    plan = Plan(PlanSpec(1, 8, 1, replay, (one, two)))
+    changed = Plan.continued(stored(plan), PlanSpec(1, 8, 1, replay, (longer, two)), 2)
+    for batch in (0, 1):
+        changed.mark_skipped(batch)
+    again = Plan.from_history(stored(changed))
+    assert again.entries == changed.entries
+    assert [
+        again.rows(batch).sample.tolist() == changed.rows(batch).sample.tolist()
+        for batch in range(changed.total_batches)
+    ] == [True] * changed.total_batches
