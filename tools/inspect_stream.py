@@ -41,6 +41,7 @@ from megatron_mer.data.tokenizers import load_tokenizer
 from megatron_mer.errors import ConfigError, DataError, MegatronMerError, Problem
 from megatron_mer.log import setup_logging
 from megatron_mer.training.dry_run import DOCUMENT_END, sample_texts
+from megatron_mer.training.outputs import RunDirectory
 
 PLAIN_WIDTH = 100  # columns where there is no terminal and COLUMNS is not set
 SPEED_WINDOW = 100  # batches that the time left is estimated from
@@ -116,6 +117,13 @@ def check_options(
 def open_config(path: str, overrides: list[str]) -> Source:
     """Plan what a configuration says, also if its data do not last."""
     config = load_config(path, overrides)
+    if RunDirectory(config.output_dir).has_checkpoint():
+        print(
+            f"note: {config.output_dir} holds a run that has begun. This is the plan of a new one; "
+            "`--run` shows the plan of that run, and `pretrain_llama_mer.py --dry-run --accept "
+            "KIND` what a changed configuration makes of it",
+            file=sys.stderr,
+        )
     prefixes = prefixes_of(config)
     seq_length = config.model.seq_length
     problems: list[Problem] = []

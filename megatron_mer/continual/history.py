@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from typing import Any, Literal
 
 from megatron_mer.continual.plan import Entry, Plan
@@ -69,7 +70,7 @@ def differences(
     """
     comparison = _Comparison(history, spec, batch)
     found = [
-        *_fixed(comparison.old.spec, spec),
+        *comparison.fixed(),
         *comparison.batch_size(),
         *comparison.replay(),
         *comparison.trained_before(),
@@ -77,20 +78,6 @@ def differences(
         *comparison.entries_to_come(),
     ]
     return sorted(found, key=lambda one: one.batch)
-
-
-def _fixed(old: PlanSpec, new: PlanSpec) -> Iterator[Difference]:
-    for name in ("seed", "seq_length"):
-        was, now = getattr(old, name), getattr(new, name)
-        if was != now:
-            text = f"{name} was {was}, is {now}, which would change every sample's place"
-            yield Difference(0, text, remedy=f"set it to {was}")
-    for name, size in new.datasets.items():
-        was = old.datasets.get(name, size)
-        if was != size:
-            text = f"dataset {name!r} had {was} samples, has {size}: its content changed"
-            remedy = "bring the old data back, or give the new data another name"
-            yield Difference(0, text, remedy=remedy)
 
 
 class _Comparison:
@@ -106,6 +93,20 @@ class _Comparison:
         except ConfigError:
             self.new = self.old  # No plan at all: the problems are named where it is made.
 
+    def fixed(self) -> Iterator[Difference]:
+        old, new = self.old.spec, self.spec
+        for name in ("seed", "seq_length"):
+            was, now = getattr(old, name), getattr(new, name)
+            if was != now:
+                text = f"{name} was {was}, is {now}, which would change every sample's place"
+                yield Difference(0, text, remedy=f"set it to {was}")
+        for name, size in new.datasets.items():
+            was = self.old.dataset_sizes.get(name, size)
+            if was != size and old.seq_length == new.seq_length:
+                text = f"dataset {name!r} had {was} samples, has {size}: its content changed"
+                remedy = "bring the old data back, or give the new data another name and prefix"
+                yield Difference(_first_read(self.old, name), text, remedy=remedy)
+
     def batch_size(self) -> Iterator[Difference]:
         was, now = self.old.spec.global_batch_size, self.spec.global_batch_size
         if was != now:
@@ -115,8 +116,7 @@ class _Comparison:
         was, now = self.old.spec.replay, self.spec.replay
         tasks = {entry.task for entry in self.old.spec.stream}
         if _effective(was, tasks) != _effective(now, tasks):
-            text = f"replay was {_describe_replay(was)}, is {_describe_replay(now)}"
-            yield Difference(self._first_replay(), text, "replay")
+            yield Difference(self._first_replay(), _replay_text(was, now), "replay")
 
     def trained_before(self) -> Iterator[Difference]:
         """Entries trained before are told apart by what they hold, not by their place."""
@@ -143,18 +143,24 @@ class _Comparison:
         for place in range(self.progress.last_begun + 1):
             if place >= len(new):
                 text = f"stream.{place}: {_name(old[place])} is gone, but was begun"
-                yield Difference(_start(self.old, place), text, remedy="bring it back")
+                yield Difference(_start(self.old, place), text, remedy=self._keep_begun())
             elif (old[place].task, old[place].trained_before) != (
                 new[place].task,
                 new[place].trained_before,
             ):
-                was, now = _name(old[place]), _name(new[place])
-                text = f"stream.{place} was {was}, is {now}, but was begun"
-                remedy = f"put {was} back to this place, and {now} behind what was begun"
-                yield Difference(_start(self.old, place), text, remedy=remedy)
+                text = f"stream.{place} was {_name(old[place])}, is {_name(new[place])}"
+                yield Difference(_start(self.old, place), text, remedy=self._keep_begun())
             elif not old[place].trained_before:
                 yield from self._begun_mix(place, old[place], new[place])
                 yield from self._begun_length(place, old[place], new[place])
+
+    def _keep_begun(self) -> str:
+        begun = self.old.spec.stream[: self.progress.last_begun + 1]
+        names = ", ".join(_name(entry) for entry in begun[-3:])
+        return (
+            f"the {len(begun)} begun entries stand first, in their order, up to {names}; new ones "
+            "go behind them"
+        )
 
     def _begun_mix(self, place: int, was: EntrySpec, now: EntrySpec) -> Iterator[Difference]:
         at_end = _end(self.old, place) <= self.batch and _same_length(was, now)
@@ -193,24 +199,31 @@ class _Comparison:
             ]
             for stream in (self.old.spec.stream, self.spec.stream)
         )
-        for number, (place, was) in enumerate(old):
-            start = _start(self.old, place)
-            if number >= len(new):
-                yield Difference(start, f"stream.{place}: {_name(was)} is gone", "stream")
+        was, now = ([entry.task for _, entry in entries] for entries in (old, new))
+        matcher = SequenceMatcher(a=was, b=now, autojunk=False)
+        for tag, first, end, new_first, new_end in matcher.get_opcodes():
+            if tag == "equal":
+                for pair in zip(old[first:end], new[new_first:new_end], strict=True):
+                    yield from self._entry_to_come(*pair[0], *pair[1])
                 continue
-            now_place, now = new[number]
-            if was.task != now.task:
-                text = f"stream.{now_place} was {_name(was)}, is {_name(now)}"
-                yield Difference(start, text, "stream")
-                continue
-            for text in _mix_differences(was, now):
-                yield Difference(start, f"stream.{now_place} ({_name(now)}): {text}", "mix")
-            ends = (_end(self.old, place), _end(self.new, now_place))
-            begins = (start, _start(self.new, now_place))
-            if not _same_length(was, now) and ends[0] - ends[1] != begins[0] - begins[1]:
-                text = f"its length was {_length(was)}, is {_length(now)}"
-                text = f"stream.{now_place} ({_name(now)}): {text}"
-                yield Difference(min(ends), text, "length")
+            for place, entry in old[first:end]:
+                text = f"stream.{place}: {_name(entry)} is gone"
+                yield Difference(_start(self.old, place), text, "stream")
+            for place, entry in new[new_first:new_end] if first < len(old) else ():
+                text = f"stream.{place}: {_name(entry)} is new before {_name(old[first][1])}"
+                yield Difference(_start(self.old, old[first][0]), text, "stream")
+
+    def _entry_to_come(
+        self, place: int, was: EntrySpec, now_place: int, now: EntrySpec
+    ) -> Iterator[Difference]:
+        path, start = f"stream.{now_place} ({_name(now)})", _start(self.old, place)
+        for text in _mix_differences(was, now):
+            yield Difference(start, f"{path}: {text}", "mix")
+        ends = (_end(self.old, place), _end(self.new, now_place))
+        begins = (start, _start(self.new, now_place))
+        if not _same_length(was, now) and ends[0] - ends[1] != begins[0] - begins[1]:
+            text = f"{path}: its length was {_length(was)}, is {_length(now)}"
+            yield Difference(min(ends), text, "length")
 
     def _first_replay(self) -> int:
         """The first batch to come with a replay row in either plan, or the end of the shorter."""
@@ -226,18 +239,41 @@ def _first_replay(plan: Plan, batch: int) -> int:
 
 
 def _mix_differences(old: EntrySpec, new: EntrySpec) -> Iterator[str]:
-    was = {one.name: one for one in old.datasets}
-    now = {one.name: one for one in new.datasets}
-    for name in [*was, *(name for name in now if name not in was)]:
-        if name not in now:
-            yield f"dataset {name!r} is gone"
-        elif name not in was:
-            yield f"dataset {name!r} was not there"
-        elif was[name].weight != now[name].weight:
-            before, after = was[name].weight, now[name].weight
-            yield f"dataset {name!r} had {_weight(before)}, has {_weight(after)}"
+    """At most one line a kind of difference: a task may have thousands of datasets."""
+    was = {one.name: one.weight for one in old.datasets}
+    now = {one.name: one.weight for one in new.datasets}
+    if gone := [repr(name) for name in was if name not in now]:
+        yield f"{_listed(gone)} {'is' if len(gone) == 1 else 'are'} gone"
+    if added := [repr(name) for name in now if name not in was]:
+        yield f"{_listed(added)} {'was' if len(added) == 1 else 'were'} not there"
+    if moved := [
+        f"{name!r} from {_weight(was[name])} to {_weight(weight)}"
+        for name, weight in now.items()
+        if name in was and was[name] != weight
+    ]:
+        yield f"other weights: {_listed(moved)}"
     if was.keys() == now.keys() and list(was) != list(now):
-        yield f"its datasets stood as {', '.join(was)}, stand as {', '.join(now)}"
+        at = next(at for at, pair in enumerate(zip(was, now, strict=True)) if pair[0] != pair[1])
+        yield f"its datasets stand in another order, from place {at} on"
+
+
+def _listed(items: Sequence[str]) -> str:
+    shown = ", ".join(items[:3])
+    many = f", ... ({len(items)} in all)" if len(items) > 3 else ""
+    return f"dataset{'s' if len(items) > 1 else ''} {shown}{many}"
+
+
+def _first_read(plan: Plan, name: str) -> int:
+    """The first batch of the first entry that a dataset belongs to."""
+    return min(
+        (
+            entry.first_batch
+            for entry in plan.entries
+            for one in plan.segments[entry.segment].spec.stream[entry.index].datasets
+            if one.name == name
+        ),
+        default=0,
+    )
 
 
 def _spans(plan: Plan, place: int) -> list[Entry]:
@@ -265,7 +301,7 @@ def _length(entry: EntrySpec) -> str:
 
 
 def _weight(weight: float | None) -> str:
-    return "no weight" if weight is None else f"weight {weight:g}"
+    return "none" if weight is None else f"{weight:g}"
 
 
 def _name(entry: EntrySpec) -> str:
@@ -285,11 +321,21 @@ def _effective(replay: ReplaySpec | None, tasks: Container[str]) -> ReplaySpec |
     return replace(replay, alpha=replay.alpha.normalize(), weights=weights)
 
 
-def _describe_replay(replay: ReplaySpec | None) -> str:
-    if replay is None:
-        return "off"
-    weights = "" if replay.weights is None else f" {dict(replay.weights)}"
-    return (
-        f"alpha {replay.alpha}, source {replay.source}, policy {replay.policy}{weights}, "
-        f"include_current_task {replay.include_current_task}"
+def _replay_text(was: ReplaySpec | None, now: ReplaySpec | None) -> str:
+    """What of the section differs, as YAML spells it."""
+    if was is None or now is None:
+        return f"replay was {_yaml(was)}, is {_yaml(now)}"
+    pairs = zip(vars(was), was.to_json().values(), now.to_json().values(), strict=True)
+    return ", ".join(
+        f"replay.{key} was {_yaml(before)}, is {_yaml(after)}"
+        for key, before, after in pairs
+        if before != after
     )
+
+
+def _yaml(value: object) -> str:
+    if value is None:
+        return "off"
+    if isinstance(value, ReplaySpec):
+        return f"on with alpha {value.alpha}, policy {value.policy}"
+    return str(value).lower() if isinstance(value, bool) else str(value)

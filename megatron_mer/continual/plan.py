@@ -166,7 +166,7 @@ class Plan:
         self.exhausted: list[Problem] = list(self._exhausted_datasets())
         """Datasets that have to give more samples than they hold within `max_epochs`."""
         if self.exhausted and not allow_exhausted:
-            raise ConfigError(self.exhausted)
+            raise ConfigError(_shortened(self.exhausted))
         self.dataset_sizes: dict[str, int] = sizes_of(segments)
         """Samples of each dataset, by name."""
         self.datasets: tuple[str, ...] = tuple(self.dataset_sizes)
@@ -365,6 +365,15 @@ class Plan:
             if problem.path not in known:
                 self.exhausted.append(problem)
                 logger.warning("after skipped batches, %s", problem)
+
+
+def _shortened(problems: list[Problem], most: int = 20) -> list[Problem]:
+    """The first ones, and how many more there are: a task may have thousands of datasets."""
+    if len(problems) <= most:
+        return problems
+    more = f"{len(problems) - most} more datasets that would not last"
+    remedy = "tools/inspect_stream.py --summary lists what does not last, and what would fit"
+    return [*problems[:most], Problem("stream", more, remedy=remedy)]
 
 
 def _segment(values: Mapping[str, Any]) -> Segment:

@@ -62,6 +62,7 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
     problems += check_layout(config, world_size)
     training = dict(_open_training(config, tokenizer, problems))
     valid = dict(_open_valid(config, tokenizer, problems))
+    _warn_of_copies(training)
     if text := missing_sidecars(training.values()):
         logger.warning("%s", text)
     plan = None
@@ -71,6 +72,17 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
     if problems or tokenizer is None or plan is None:
         raise ConfigError(problems)
     return Prepared(config, tokenizer, training, valid, plan)
+
+
+def _warn_of_copies(training: Mapping[str, IndexedDataset]) -> None:
+    first: dict[str, str] = {}
+    for name, dataset in training.items():
+        if dataset.sidecar is None:
+            continue
+        other = first.setdefault(dataset.sidecar.bin_sha256, name)
+        if other != name:
+            text = "datasets %r and %r hold the same data: its samples come under both names"
+            logger.warning(text, other, name)
 
 
 def _plan(config: RunConfig, training: Mapping[str, IndexedDataset], started: bool) -> Plan:

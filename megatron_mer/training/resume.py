@@ -67,12 +67,14 @@ def resumed(
     state = RunState.from_json(saved)
     found = differences(saved["history"], prepared.plan.spec, state.batches)
     problems = [_refused(one) for one in found if one.accept is None or one.accept not in accept]
+    problems += _content(saved, prepared)
     problems += _fixed(saved["settings"], settings(prepared))
     problems += _reptile(saved, prepared.config)
-    if not problems:
-        plan = _plan(prepared, saved, found)
-        datasets = {**prepared.datasets, **dict(_retired(prepared, plan, saved))}
-        prepared = replace(prepared, plan=plan, datasets=datasets)
+    if all(one.accept for one in found):  # Else there is no plan whose length could be asked for.
+        try:
+            prepared = _with_plan(prepared, saved, found)
+        except ConfigError as error:
+            raise ConfigError([*problems, *error.problems]) from error
         problems += horizon_problems(
             prepared.config.schedule,
             prepared.config.optimizer.lr,
@@ -87,11 +89,15 @@ def resumed(
     return prepared, state
 
 
-def _plan(prepared: Prepared, saved: Mapping[str, Any], accepted: list[Difference]) -> Plan:
-    spec = prepared.plan.spec
-    if not accepted:
-        return Plan.extended(saved["history"], spec)
-    return Plan.continued(saved["history"], spec, min(one.batch for one in accepted))
+def _with_plan(prepared: Prepared, saved: Mapping[str, Any], changed: list[Difference]) -> Prepared:
+    """The run with the plan that it has if all changes are accepted, and the data for it."""
+    spec, history = prepared.plan.spec, saved["history"]
+    if changed:
+        plan = Plan.continued(history, spec, min(one.batch for one in changed))
+    else:
+        plan = Plan.extended(history, spec)
+    retired = dict(_retired(prepared, plan, saved))
+    return replace(prepared, plan=plan, datasets={**prepared.datasets, **retired})
 
 
 def _retired(
@@ -152,7 +158,8 @@ def changes(
 def _fixed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     """What belongs to the weights: model, tokenizer, precision, loss, data, tensor slices."""
     for key, value in now["model"].items():
-        if key != "size" and was["model"].get(key) != value:
+        # The plan's comparison names another seq_length.
+        if key not in ("size", "seq_length") and was["model"].get(key) != value:
             given = f"given {value}, but the run began with {was['model'].get(key)}"
             yield Problem(f"model.{key}", given, remedy=_REMEDY)
     if was["precision"] != now["precision"]:
@@ -167,26 +174,31 @@ def _fixed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     if was["eod_mask_loss"] != now["eod_mask_loss"]:
         given = f"given {now['eod_mask_loss']}, but the run began with {was['eod_mask_loss']}"
         yield Problem("batch.eod_mask_loss", given, remedy=_REMEDY)
-    yield from _content(was, now)
     if was["tp_size"] != now["tp_size"]:
         given = f"given {now['tp_size']}, but the checkpoint is cut for {was['tp_size']}"
         remedy = "resume with the same; pp_size and the number of data-parallel ranks may change"
         yield Problem("parallel.tp_size", given, str(was["tp_size"]), remedy)
 
 
-def _content(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
+def _content(saved: Mapping[str, Any], prepared: Prepared) -> Iterator[Problem]:
     """A name stands for the same data for good, and the same data for one name."""
+    was, now = saved["settings"], settings(prepared)
     names = {content: name for name, content in was["content"].items() if content}
-    places = {prefix: name for name, prefix in was.get("prefixes", {}).items()}
+    sizes = Plan.from_history(saved["history"]).dataset_sizes
     for name, content in now["content"].items():
         old = was["content"].get(name)
-        known = names.get(content) or places.get(now["prefixes"][name])
-        if old is not None and old != content:
+        if old and old != content and sizes.get(name) == prepared.plan.dataset_sizes.get(name):
             given = f"dataset {name!r} has the content {content:.22}..., the run began with "
             given += f"{old:.22}...: its content changed"
-            yield Problem("stream", given, remedy="bring it back, or give the new another name")
-        elif name not in was["content"] and known is not None:
-            given = f"dataset {name!r} is what the run knows as {known!r}: it would be seen twice"
+            remedy = "bring it back, or give the new data another name and prefix"
+            if content.startswith("edges:"):
+                given = f"dataset {name!r} had a sidecar when the run began, and has none now"
+                remedy = f"bring {now['prefixes'][name]}.json back"
+            yield Problem("stream", given, remedy=remedy)
+        known = names.get(content)
+        if name not in was["content"] and known is not None:
+            given = f"dataset {name!r} holds the data that the run knows as {known!r}: under two "
+            given += "names its samples would come twice"
             yield Problem("stream", given, remedy=f"write `name: {known}` beside its prefix")
 
 

@@ -180,7 +180,7 @@ def _record_start(
         plan.total_batches,
         config.batch.global_batch_size,
         config.model.seq_length,
-        ", ".join(entry.task for entry in plan.entries if not entry.trained_before),
+        ", ".join(entry.task for entry in plan.spec.stream if not entry.trained_before),
         os.getpid(),
     )
     last = end_of_schedule(config.schedule, state.horizon)

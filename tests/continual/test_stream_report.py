@@ -227,7 +227,7 @@ def test_the_ledger_report_has_the_plan_s_ledger_and_its_changes() -> None:
     assert {key: report[key] for key in ledger} == ledger
     assert report["labels"] == ["en", "fr"]
     assert [one["first_batch"] for one in report["segments"]] == [0, 8]
-    assert "alpha 0.25" in " ".join(report["segments"][1]["changes"])
+    assert "replay.alpha was 0.25, is 0.5" in " ".join(report["segments"][1]["changes"])
     text = ledger_text(report, 80)
     assert "10 of 16 batches done, 1 of them skipped" in text
     assert "from batch 8: global_batch_size was 8, is 16" in text

@@ -124,7 +124,7 @@ def test_id_outside_the_vocabulary_without_a_sidecar_ends_the_run_with_its_place
 
 
 REFUSED = {
-    "--replay.alpha=0.5": "replay was alpha 0.3",
+    "--replay.alpha=0.5": "replay.alpha was 0.3, is 0.5",
     "--batch.global_batch_size=4": "global_batch_size was 8, is 4",
     "--seed=8": "seed was 7, is 8",
     "--batch.eod_mask_loss=false": "batch.eod_mask_loss: given False",
