@@ -3,7 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long format venv venv-test venv-dev venv-gpu clean distclean
+.PHONY: help quickstart test test-long format venv venv-test venv-dev venv-gpu venv-benchmark clean distclean
+.PHONY: benchmark-data-order
 .PHONY: check check-lint check-format check-cpp check-imports check-types
 
 VENV := .venv
@@ -31,6 +32,10 @@ test: venv-test ## the test suite, without what is slow or needs Slurm or a GPU 
 test-long: venv-test ## every test that this machine can run; what it cannot is listed with the reason
 	$(PYTEST) $(PYTEST_ARGS)
 
+benchmark-data-order: venv-benchmark ## measure the data order beside megatron-core's, some minutes (RECORD=1: into benchmarks/RESULTS.md)
+	$(BIN)/python benchmarks/data_order.py $(if $(filter-out 0,$(RECORD)),--record)
+	$(BIN)/python benchmarks/scale.py $(if $(filter-out 0,$(RECORD)),--record)
+
 check: check-lint check-format check-cpp check-imports check-types ## lint, format, types, import contracts: changes nothing
 
 check-lint: venv-dev
@@ -57,6 +62,7 @@ venv: $(VENV)/.base $(VENV)/.extension ## make .venv: what a run needs, and the 
 venv-test: venv $(VENV)/.test ## ... and what the tests need
 venv-dev: venv-test $(VENV)/.dev ## ... and what `make check` and `make format` need
 venv-gpu: venv $(VENV)/.gpu ## ... and what helps on NVIDIA GPUs
+venv-benchmark: venv $(VENV)/.benchmark ## ... and what the benchmarks compare with
 
 clean: ## remove what was built and cached; .venv and runs/ stay
 	rm -rf build *.egg-info megatron_mer/_index*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -83,7 +89,7 @@ $(VENV)/.base: requirements/base.txt requirements/constraints.txt $(VENV)/.torch
 	@$(PIP) --requirement $<
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev $(VENV)/.gpu: $(VENV)/.%: requirements/%.txt requirements/constraints.txt $(VENV)/.base
+$(VENV)/.test $(VENV)/.dev $(VENV)/.gpu $(VENV)/.benchmark: $(VENV)/.%: requirements/%.txt requirements/constraints.txt $(VENV)/.base
 	@echo "== Installing $<"
 	@$(PIP) --requirement $<
 	@touch $@

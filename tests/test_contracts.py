@@ -14,7 +14,7 @@ from importlinter.cli import lint_imports
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE_FOLDERS = ("megatron_mer", "tools", "data_preprocessing", "examples", "tests")
+CODE_FOLDERS = ("benchmarks", "megatron_mer", "tools", "data_preprocessing", "examples", "tests")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # What prepares data or checks a configuration starts in a moment, without torch.
