@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -92,6 +93,9 @@ class _Comparison:
             self.new = Plan.continued(history, spec, self.batch, allow_exhausted=True)
         except ConfigError:
             self.new = self.old  # No plan at all: the problems are named where it is made.
+        self.respecified: Plan | None = None
+        with contextlib.suppress(ConfigError):  # The batches that were trained are not all in it.
+            self.respecified = Plan.respecified(history, spec)
 
     def fixed(self) -> Iterator[Difference]:
         old, new = self.old.spec, self.spec
@@ -131,6 +135,11 @@ class _Comparison:
                     "in the replay pool",
                     remedy="bring it back; `replay: {policy: weights}` gives a task the weight 0",
                 )
+        kept = [entry for entry in now if pool_key(entry) in set(map(pool_key, was))]
+        if not missing and list(map(pool_key, kept))[: len(was)] != list(map(pool_key, was)):
+            names = ", ".join(entry.task for entry in was)
+            text = "the tasks trained before stand in another order, which would change the pool"
+            yield Difference(0, text, remedy=f"put them back into theirs: {names}")
         added = Counter(map(pool_key, now)) - Counter(map(pool_key, was))
         for entry in now:
             if added[pool_key(entry)]:
@@ -177,17 +186,24 @@ class _Comparison:
         path, seq_length = f"stream.{place} ({_name(now)})", self.spec.seq_length
         text = f"{path}: its length was {_length(was)}, is {_length(now)}"
         done, fresh = self.progress.batches[place], self.progress.fresh_rows[place]
-        ends = (_end(self.old, place), _end(self.new, place))
+        ends = [_end(plan, place) for plan in (self.old, self.new, self.respecified)]
         at_end = ends[0] <= self.batch
         short = (now.steps or 0) <= done and fresh_rows_of(now, seq_length) <= fresh
         if place < self.progress.last_begun:
             yield Difference(ends[0], text, remedy=_CLOSED)
-        elif short and not (at_end and now.steps in (None, done)):
+        elif short and not (at_end and len(set(ends)) == 1 and self._just_ends(place, now)):
             text += f", but {done} batches with {fresh * seq_length} fresh tokens were trained"
             least = f"steps: {done + 1} or fresh_tokens: {fresh * seq_length + 1}, or more"
             yield Difference(self.batch, text, remedy=least)
-        elif ends[0] != ends[1]:
-            yield Difference(min(ends), text, "length")
+        elif len(set(ends)) > 1:
+            yield Difference(max(self.batch, min(ends)), text, "length")
+
+    def _just_ends(self, place: int, now: EntrySpec) -> bool:
+        """Whether the length is one that the batches trained of an entry just reach."""
+        if now.steps is not None:
+            return now.steps == self.progress.batches[place]
+        before = self.old.progress_at(_end(self.old, place) - 1).fresh_rows.get(place, 0)
+        return before < fresh_rows_of(now, self.spec.seq_length)
 
     def entries_to_come(self) -> Iterator[Difference]:
         """Entries that no batch has begun; those trained before are compared elsewhere."""
@@ -217,13 +233,20 @@ class _Comparison:
         self, place: int, was: EntrySpec, now_place: int, now: EntrySpec
     ) -> Iterator[Difference]:
         path, start = f"stream.{now_place} ({_name(now)})", _start(self.old, place)
+        pools = [
+            sum(entry.trained_before for entry in stream[:at])
+            for stream, at in ((self.old.spec.stream, place), (self.spec.stream, now_place))
+        ]
+        if pools[0] != pools[1]:  # Else a task that is new or gone before it has been named.
+            yield Difference(start, f"{path}: it stood at stream.{place}", "stream")
         for text in _mix_differences(was, now):
             yield Difference(start, f"{path}: {text}", "mix")
-        ends = (_end(self.old, place), _end(self.new, now_place))
-        begins = (start, _start(self.new, now_place))
-        if not _same_length(was, now) and ends[0] - ends[1] != begins[0] - begins[1]:
+        others = (self.new, self.respecified)
+        lengths = {_end(one, now_place) - _start(one, now_place) for one in others}
+        if not _same_length(was, now) and lengths != {_end(self.old, place) - start}:
             text = f"{path}: its length was {_length(was)}, is {_length(now)}"
-            yield Difference(min(ends), text, "length")
+            first = min(_end(self.old, place), start + min(lengths))
+            yield Difference(max(self.batch, first), text, "length")
 
     def _first_replay(self) -> int:
         """The first batch to come with a replay row in either plan, or the end of the shorter."""
@@ -276,16 +299,17 @@ def _first_read(plan: Plan, name: str) -> int:
     )
 
 
-def _spans(plan: Plan, place: int) -> list[Entry]:
-    return [one for one in plan.entries if one.index == place and not one.trained_before]
+def _spans(plan: Plan | None, place: int) -> list[Entry]:
+    entries = plan.entries if plan else ()
+    return [one for one in entries if one.index == place and not one.trained_before]
 
 
-def _start(plan: Plan, place: int) -> int:
+def _start(plan: Plan | None, place: int) -> int:
     """The first batch of an entry; 0 for one trained before."""
     return min((one.first_batch for one in _spans(plan, place)), default=0)
 
 
-def _end(plan: Plan, place: int) -> int:
+def _end(plan: Plan | None, place: int) -> int:
     """The batch after an entry's last."""
     return max((one.last_batch for one in _spans(plan, place)), default=0)
 

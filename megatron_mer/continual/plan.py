@@ -16,6 +16,7 @@ from megatron_mer.continual.segments import (
     Segment,
     batches_of,
     make_index,
+    pool_key,
     progress_at,
     ranges_of,
     sizes_of,
@@ -104,14 +105,12 @@ class Plan:
 
         Raises:
             CheckpointError: it is no history of a plan.
-            ConfigError: as for a new plan.
-            ValueError: the specification changes more than that.
+            ConfigError: as for a new plan, or the specification changes more than that.
         """
-        old = cls.from_history(history)
-        *earlier, last = old.segments
-        plan = cls._of([*earlier, replace(last, spec=spec)], allow_exhausted=True)
+        old, plan = cls.from_history(history), cls.respecified(history, spec)
         if not _appends(old, plan):
-            raise ValueError("the specification changes what was there; see `continued`")
+            given = "the configuration changes entries of the plan that is being trained"
+            raise ConfigError([Problem("stream", given, remedy="put them back as they were")])
         # What skipped batches drove past its limit was warned of, and is too late to refuse.
         if found := [one for one in plan.exhausted if one not in old.exhausted]:
             raise ConfigError(found)
@@ -147,6 +146,12 @@ class Plan:
         kept = [one for one in old if one.first_batch < batch]
         known = sum(len(one.skipped) for one in kept)
         return cls._of([*kept, Segment(batch, spec, skips_known=known)], allow_exhausted)
+
+    @classmethod
+    def respecified(cls, history: Sequence[Mapping[str, Any]], spec: PlanSpec) -> Plan:
+        """As `extended`, of any specification and unchecked: to be compared with."""
+        *earlier, last = cls.from_history(history).segments
+        return cls._of([*earlier, replace(last, spec=spec)], allow_exhausted=True)
 
     @classmethod
     def _of(cls, segments: Sequence[Segment], allow_exhausted: bool = False) -> Plan:
@@ -382,15 +387,12 @@ def _segment(values: Mapping[str, Any]) -> Segment:
 
 
 def _appends(old: Plan, new: Plan) -> bool:
-    """Whether a plan has all that another one has, in the same places."""
-    trained_before = [sum(one.trained_before for one in plan.entries) for plan in (old, new)]
-    mixes = [
-        [(one.task, [(data.name, data.weight) for data in one.datasets]) for one in spec.stream]
-        for spec in (old.spec, new.spec)
-    ]
-    return (
-        trained_before[0] == trained_before[1]
-        and new.entries[: len(old.entries)] == old.entries
-        and mixes[1][: len(mixes[0])] == mixes[0]
-        and new.spec.global_batch_size == old.spec.global_batch_size
+    """Whether a plan has all that another one has, in the same batches and the same pool."""
+    spans = [[(e.task, e.first_batch, e.last_batch) for e in one._trained] for one in (old, new)]
+    pools, mixes = (
+        [[pool_key(e) for e in one.spec.stream if e.trained_before is kind] for one in (old, new)]
+        for kind in (True, False)
     )
+    whole = pools[0] == pools[1] and new.spec.global_batch_size == old.spec.global_batch_size
+    starts = (one[1][: len(one[0])] == one[0] for one in (spans, mixes))
+    return whole and all(starts)

@@ -7,6 +7,7 @@ from decimal import Decimal
 import pytest
 from hypothesis import event, given, settings
 
+from megatron_mer.continual.history import differences
 from megatron_mer.continual.plan import Plan
 from megatron_mer.continual.spec import DatasetSpec, EntrySpec, PlanSpec, ReplaySpec
 from megatron_mer.errors import CheckpointError, ConfigError
@@ -230,7 +231,7 @@ def test_skips_and_histories_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             Plan.continued(stored(plan), other, 15)
-    with pytest.raises(ValueError, match="changes what was there"):
+    with pytest.raises(ConfigError, match="changes entries of the plan that is being trained"):
         Plan.extended(stored(plan), spec(A, B, rows=4))
     changed = Plan.continued(stored(plan), spec(A, B, rows=4), 8)
     with pytest.raises(ValueError, match=r"batch 3 .* 5"):
@@ -266,3 +267,26 @@ def test_a_skip_ahead_of_a_change_that_is_still_to_come_changes_no_length() -> N
         again.rows(batch).sample.tolist() == changed.rows(batch).sample.tolist()
         for batch in range(changed.total_batches)
     ] == [True] * changed.total_batches
+
+
+@settings(max_examples=100)
+@given(life=lives(changes=2))
+def test_differences_name_the_first_batch_that_a_change_touches(life: Life) -> None:
+    (_, first), *changes = life.segments
+    plan = Plan(first)
+    for batch, changed in changes:
+        found = differences(stored(plan), changed, batch)
+        if any(one.accept is None for one in found):
+            return
+        if found:
+            begin = min(one.batch for one in found)
+            new = Plan.continued(stored(plan), changed, begin)
+        else:
+            begin = plan.total_batches
+            new = Plan.extended(stored(plan), changed)
+        assert begin >= batch
+        for number in range(min(begin, new.total_batches)):
+            left, right = plan.rows(number), new.rows(number)
+            for name in ("kind", "dataset", "sample", "ordinal"):
+                assert getattr(left, name).tolist() == getattr(right, name).tolist()
+        plan = new
