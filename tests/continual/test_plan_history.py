@@ -312,3 +312,18 @@ def test_what_is_no_history_is_refused() -> None:
     for history in bad:
         with pytest.raises(CheckpointError):
             Plan.from_history(history)
+
+
+def test_a_history_of_the_first_version_is_read() -> None:
+    """It knew no policies but uniform, no max_epochs of a dataset, and one segment."""
+    plan = Plan(SPEC)
+    plan.mark_skipped(3)
+    [segment] = stored(plan)
+    del segment["skips_known"]
+    del segment["replay"]["weights"]
+    for entry in segment["stream"]:
+        for dataset in entry["datasets"]:
+            del dataset["max_epochs"]
+    again = Plan.from_history([segment])
+    assert again.history() == plan.history()
+    assert differences([segment], SPEC, 12) == []
