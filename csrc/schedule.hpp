@@ -171,7 +171,8 @@ class Schedule {
 
     static i64 checked_rows(i64 batches, i64 global_batch_size) {
         i64 rows = 0;
-        if (__builtin_mul_overflow(batches, global_batch_size, &rows) || rows > kLimit) {
+        if (batches < 0 || __builtin_mul_overflow(batches, global_batch_size, &rows) ||
+            rows > kLimit) {
             throw std::invalid_argument("a plan holds at most 2^62 rows, not " +
                                         std::to_string(batches) + " batches of " +
                                         std::to_string(global_batch_size));

@@ -20,8 +20,9 @@ from megatron_mer.continual.segments import (
     progress_at,
     ranges_of,
     sizes_of,
+    tasks_of,
 )
-from megatron_mer.continual.spec import PlanSpec, problems_of
+from megatron_mer.continual.spec import PlanSpec, problems_of, shortened
 from megatron_mer.errors import CheckpointError, ConfigError, Problem
 from megatron_mer.log import get_logger
 
@@ -171,7 +172,7 @@ class Plan:
         self.exhausted: list[Problem] = list(self._exhausted_datasets())
         """Datasets that have to give more samples than they hold within `max_epochs`."""
         if self.exhausted and not allow_exhausted:
-            raise ConfigError(_shortened(self.exhausted))
+            raise ConfigError(shortened(self.exhausted))
         self.dataset_sizes: dict[str, int] = sizes_of(segments)
         """Samples of each dataset, by name."""
         self.datasets: tuple[str, ...] = tuple(self.dataset_sizes)
@@ -319,10 +320,19 @@ class Plan:
         return [
             {
                 **values,
+                "cursors": self._cursors(number),
                 "skipped": ranges_of([one for one in skipped if segment.first_batch <= one < end]),
             }
-            for values, segment, end in zip(self._history, self.segments, ends, strict=True)
+            for number, (values, segment, end) in enumerate(
+                zip(self._history, self.segments, ends, strict=True)
+            )
         ]
+
+    def _cursors(self, number: int) -> dict[str, int]:
+        """What each dataset gave ahead of a segment; skips may still move one to come."""
+        known = sizes_of(self.segments[: number + 1])
+        cursors = self._index.cursors_at(self.segments[number].first_batch).tolist()
+        return dict(zip(known, cursors, strict=False))
 
     def _segment_json(self, number: int) -> dict[str, Any]:
         """What of a segment's JSON stays as it is while the run goes on."""
@@ -331,14 +341,11 @@ class Plan:
         for entry in self.entries:
             if entry.segment == number:
                 batches[entry.index] = entry.last_batch - entry.first_batch
-        known = sizes_of(self.segments[: number + 1])
-        cursors = self._index.cursors_at(segment.first_batch).tolist()
         return {
             "first_batch": segment.first_batch,
             "skips_known": segment.skips_known,
             **segment.spec.to_json(),
             "batches": batches,
-            "cursors": dict(zip(known, cursors, strict=False)),
         }
 
     def _exhausted_datasets(self) -> Iterator[Problem]:
@@ -372,15 +379,6 @@ class Plan:
                 logger.warning("after skipped batches, %s", problem)
 
 
-def _shortened(problems: list[Problem], most: int = 20) -> list[Problem]:
-    """The first ones, and how many more there are: a task may have thousands of datasets."""
-    if len(problems) <= most:
-        return problems
-    more = f"{len(problems) - most} more datasets that would not last"
-    remedy = "tools/inspect_stream.py --summary lists what does not last, and what would fit"
-    return [*problems[:most], Problem("stream", more, remedy=remedy)]
-
-
 def _segment(values: Mapping[str, Any]) -> Segment:
     spec, skipped = PlanSpec.from_json(values), tuple(batches_of(values["skipped"]))
     return Segment(values["first_batch"], spec, skipped, values.get("skips_known", 0))
@@ -393,6 +391,7 @@ def _appends(old: Plan, new: Plan) -> bool:
         [[pool_key(e) for e in one.spec.stream if e.trained_before is kind] for one in (old, new)]
         for kind in (True, False)
     )
+    tasks = [tasks_of(one.segments) for one in (old, new)]  # Policies count into them.
     whole = pools[0] == pools[1] and new.spec.global_batch_size == old.spec.global_batch_size
-    starts = (one[1][: len(one[0])] == one[0] for one in (spans, mixes))
+    starts = (one[1][: len(one[0])] == one[0] for one in (spans, mixes, tasks))
     return whole and all(starts)

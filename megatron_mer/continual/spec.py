@@ -172,6 +172,15 @@ def problems_of(spec: PlanSpec) -> list[Problem]:
     return problems
 
 
+def shortened(problems: list[Problem], most: int = 20) -> list[Problem]:
+    """The first ones, and how many more there are: a task may have thousands of datasets."""
+    if len(problems) <= most:
+        return problems
+    more = f"{len(problems) - most} more datasets that would not last"
+    remedy = "tools/inspect_stream.py --summary lists what does not last, and what would fit"
+    return [*problems[:most], Problem("stream", more, remedy=remedy)]
+
+
 def _numbers(spec: PlanSpec) -> Iterator[Problem]:
     if not 0 <= spec.seed <= MAX_SEED:
         yield Problem("seed", f"{spec.seed}", "0 to 2^64 - 1")

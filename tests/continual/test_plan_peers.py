@@ -244,8 +244,11 @@ def test_more_than_64_bits_count_is_refused_by_name() -> None:
         ([entry(2**62, 1, steps=1, weights=None)], 1),
         ([entry(9, fresh_tokens=2**62, max_epochs=1e30)], 3 * 2**60),
         ([*pool, entry(9, steps=9)], 1),
+        ([entry(9, steps=3), entry(9, fresh_tokens=2**62, max_epochs=1e30, name="e")], 1),
     ):
-        [line] = problems(*stream, rows=rows, seq=1)
+        [line] = problems(
+            *stream, rows=rows, seq=1, alpha="0.9" if stream[-1].task == "e" else None
+        )
         assert line.startswith("stream: ")
         assert "2^62" in line
     assert "9223372036854775808" in problems(entry(9, steps=2**63))[0]
