@@ -74,5 +74,11 @@ class CheckpointError(MegatronMerError):
     """A checkpoint cannot be written, is damaged, or does not fit the run."""
 
 
+class RunStopped(MegatronMerError):
+    """A run ended early as its configuration asks for, with a checkpoint to go on from."""
+
+    exit_code = 3
+
+
 class TrainingError(MegatronMerError):
     """Training cannot go on."""

@@ -97,6 +97,11 @@ def tiny_config(corpus: Path, output_dir: Path) -> dict[str, Any]:
     }
 
 
+MEASURED = (
+    "step_seconds", "tokens_per_second", "mfu", "data_wait_seconds", "memory_gib", "seconds"
+)  # fmt: skip
+
+
 class TinyRun:
     """Runs the training program on a world of ranks over the tiny corpus."""
 
@@ -141,6 +146,11 @@ class TinyRun:
         """The JSON lines that run ``name`` left."""
         text = (self.folder / name / file).read_text()
         return [json.loads(line) for line in text.splitlines()]
+
+    def results(self, name: str, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """The same without what is measured of the machine, which no two runs have in common."""
+        lines = self.lines(name, file)
+        return [{key: v for key, v in line.items() if key not in MEASURED} for line in lines]
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ from megatron_mer.config.load import load_config, resolve_vocab, to_yaml
 from megatron_mer.config.schedule_checks import check_segments
 from megatron_mer.config.schema import (
     BatchConfig,
+    BoundsConfig,
     CheckpointConfig,
     DatasetConfig,
     EvaluateConfig,
+    MetricsConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -24,9 +26,11 @@ from megatron_mer.config.sizes import SIZES, model_of_size
 __all__ = [
     "SIZES",
     "BatchConfig",
+    "BoundsConfig",
     "CheckpointConfig",
     "DatasetConfig",
     "EvaluateConfig",
+    "MetricsConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -272,6 +272,18 @@ class ReptileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BoundsConfig:
+    """A bound on forgetting, looked at after each evaluation."""
+
+    max_forgetting: NotNegative
+    """Nats a token by which a held-out set of a task that is not in training may be above its best
+    loss at the ends of entries since its task was first trained."""
+    action: Literal["warn", "stop"] = "warn"
+    """warn: a line in the log; stop: save a checkpoint and end the run with status stopped. A
+    stopped run that is started again goes on to the next evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Evaluation of all held-out sets: always before the first step and at the end of each task."""
 
@@ -279,6 +291,23 @@ class EvaluateConfig:
     """Evaluate every so many steps as well; such results draw curves and enter no summary."""
     max_batches: Count | None = None
     """Read at most so many global batches of each set; default: all of it, once."""
+    max_samples: Count | None = None
+    """Read at most so many samples of each set, too: unlike max_batches the same ones for runs with
+    other global batch sizes."""
+    bounds: BoundsConfig | None = None
+    """Leave out: forgetting is measured, and nothing follows from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """What a line of metrics.jsonl holds beside what is always there."""
+
+    by_dataset_every_steps: Count | None = 1
+    """Loss by dataset every so many steps; null: never. With thousands of datasets it is most of a
+    line."""
+    peak_tflops: Positive | None = None
+    """Dense peak of one device in TFLOP/s, for the utilisation (mfu); default: that of a GPU whose
+    name is known, in bf16, else no mfu."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +345,7 @@ class RunConfig:
     """Leave out: no Reptile."""
     evaluate: EvaluateConfig | None = None
     """Leave out: the held-out sets are read whole, before the first step and at each task's end."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output_dir: Text
     """Folder of all that the run leaves behind; a relative one starts at the working directory."""

@@ -21,6 +21,7 @@ not in the mean. A loss that is NaN makes every quantity NaN that depends on it,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,6 +167,21 @@ def summary_dict(
     Raises:
         ValueError: as `ForgettingMatrix`; or an extra has the name of one of these keys.
     """
+    summary = matrix_dict(rows, set_tasks, trained_before)
+    summary["set_tasks"] = dict(set_tasks)
+    summary["trained_before"] = sorted(trained_before)
+    taken = sorted(summary.keys() & (extras or {}).keys())
+    if taken:
+        raise ValueError(f"extras would replace {', '.join(taken)}")
+    return summary | dict(extras or {})
+
+
+def matrix_dict(
+    rows: Sequence[MatrixRow],
+    set_tasks: Mapping[str, str],
+    trained_before: Collection[str] = (),
+) -> dict[str, Any]:
+    """The measures and the matrix of `summary_dict` alone; arguments and errors as there."""
     matrix = ForgettingMatrix(rows, set_tasks, trained_before)
     scores, means = matrix.scores(), matrix.means()
     summary: dict[str, Any] = {
@@ -175,17 +191,38 @@ def summary_dict(
         }
         for measure in MEASURES
     }
-    summary["set_tasks"] = dict(set_tasks)
-    summary["trained_before"] = sorted(trained_before)
     summary["matrix"] = {
         "rows": [{"label": row.label, "entry": row.entry, "task": row.task} for row in matrix.rows],
         "sets": list(matrix.sets),
         "losses": [[_number(value) for value in row] for row in matrix.losses],
     }
-    taken = sorted(summary.keys() & (extras or {}).keys())
-    if taken:
-        raise ValueError(f"extras would replace {', '.join(taken)}")
-    return summary | dict(extras or {})
+    return summary
+
+
+def bits_per_byte(
+    losses: Mapping[str, float | None], held_out: Mapping[str, Mapping[str, int | None]]
+) -> dict[str, Any]:
+    """Losses in bits a byte of text, which compare where tokenizers differ.
+
+    bits a byte = nats a token / ln 2 * tokens / bytes (Gao et al. 2020, arXiv 2101.00027).
+
+    Args:
+        losses: Held-out set -> nats a token.
+        held_out: Held-out set -> {"tokens": that the loss is a mean over, "bytes": of their text,
+            None where it is not known}.
+
+    Returns:
+        {"mean": over the sets that have one, "sets": {set: bits a byte or None}}.
+    """
+    sets: dict[str, float | None] = {}
+    for name, loss in losses.items():
+        size = held_out.get(name, {})
+        tokens, text = size.get("tokens"), size.get("bytes")
+        if loss is None or not tokens or not text:
+            sets[name] = None
+        else:
+            sets[name] = loss / math.log(2) * tokens / text
+    return {"mean": _mean(list(sets.values())), "sets": sets}
 
 
 def _less(left: float | None, right: float | None) -> float | None:

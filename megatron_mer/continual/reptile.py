@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -162,6 +163,28 @@ class Reptile:
         velocity = self.velocity[index][start:stop]
         velocity.mul_(momentum).add_(delta)
         return torch.add(delta, velocity, alpha=momentum) if self.config.nesterov else velocity
+
+    @contextmanager
+    def at_anchor(self) -> Iterator[None]:
+        """Let the model compute with the anchor for a while. Collective.
+
+        Masters and anchor are exchanged in place, so it takes no memory and the masters come back
+        to the bit; nothing but a forward pass may happen in between.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for shard, anchor in zip(self._masters.shards, self.anchor, strict=True):
+            for start, stop in _chunks(anchor.numel()):
+                kept = anchor[start:stop].clone()
+                anchor[start:stop].copy_(shard.tensor[start:stop])
+                shard.tensor[start:stop].copy_(kept)
+        self._masters.publish()
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """The state that a checkpoint keeps, by kind: one (numel,) tensor a master shard."""

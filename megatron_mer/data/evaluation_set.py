@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from megatron_mer.data.batches import EvaluationBatch, cut_micro_batches, rank_rows
 from megatron_mer.data.indexed_dataset import IndexedDataset
 from megatron_mer.data.packing import RowReader, num_samples
+from megatron_mer.data.tokenizers import Tokenizer
 
 
 class EvaluationSet:
@@ -26,6 +27,7 @@ class EvaluationSet:
         rows_per_batch: rows of a batch over all ranks, at least 1.
         max_batches: use only the first batches; None: all.
         vocab_size: ids must be in [0, vocab_size).
+        max_samples: use only the first samples; None: all.
 
     Raises:
         DataError: there is not one whole sample.
@@ -38,10 +40,13 @@ class EvaluationSet:
         rows_per_batch: int,
         max_batches: int | None,
         vocab_size: int,
+        max_samples: int | None = None,
     ) -> None:
         samples = num_samples(dataset.num_tokens, seq_length, dataset.prefix)
         if max_batches is not None:
             samples = min(samples, max_batches * rows_per_batch)
+        if max_samples is not None:
+            samples = min(samples, max_samples)
         self._reader = RowReader([dataset], seq_length, vocab_size)
         self._seq_length = seq_length
         self._rows = rows_per_batch
@@ -65,6 +70,22 @@ class EvaluationSet:
         It is the loss of the best model that ignores its input: -sum p log p over the ids.
         """
         return self._unigram_entropy
+
+    def num_bytes(self, tokenizer: Tokenizer) -> int | None:
+        """UTF-8 bytes of the text that the counted targets stand for.
+
+        Returns:
+            None if a target stands for text that the tokenizer does not know.
+        """
+        total = 0
+        for first in range(0, self.num_samples, self._rows):
+            found = tokenizer.num_bytes(
+                self._read(first, min(first + self._rows, self.num_samples))
+            )
+            if found is None:
+                return None
+            total += found
+        return total
 
     @cached_property
     def _unigram_entropy(self) -> float:

@@ -6,6 +6,7 @@ Today: `sentencepiece:PATH`, a SentencePiece model file.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -43,6 +44,16 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """Return the text of ids."""
+
+    def num_bytes(self, samples: NDArray[np.int64]) -> int | None:
+        """Return the UTF-8 bytes that the ids of samples add to the text of the id before them.
+
+        Args:
+            samples: shape (rows, n), ids in [0, vocab_size); a row's first id counts nothing.
+
+        Returns:
+            None if an id stands for text that is not known (an unknown piece).
+        """
 
 
 class SentencePieceTokenizer:
@@ -112,6 +123,44 @@ class SentencePieceTokenizer:
                 f"{self.vocab_size - 1}"
             )
         return str(self._model.Decode(numbers))
+
+    def num_bytes(self, samples: NDArray[np.int64]) -> int | None:
+        """Return the UTF-8 bytes that the ids of samples add to the text of the id before them.
+
+        The text is the tokenizer's own, normalized. A space that the model puts before each
+        document counts nothing, and neither do pieces that are no text (the end of a document).
+
+        Args:
+            samples: shape (rows, n), ids in [0, vocab_size); a row's first id counts nothing.
+
+        Returns:
+            None if an id stands for text that is not known (an unknown piece).
+        """
+        lengths, leading = self._pieces
+        ids = samples[:, 1:]
+        counts = lengths[ids]
+        if (counts < 0).any():
+            return None
+        first = (samples[:, :-1] == self.eod_id) & leading[ids]
+        return int(counts.sum() - first.sum())
+
+    @cached_property
+    def _pieces(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """UTF-8 bytes of each piece (-1: unknown), and whether it begins with the added space."""
+        model, space = self._model, "\u2581"
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        leading = np.zeros(self.vocab_size, dtype=np.bool_)
+        adds_space = str(model.IdToPiece(model.EncodeAsIds("a")[0])).startswith(space)
+        for number in range(self.vocab_size):
+            piece = str(model.IdToPiece(number))
+            if model.IsByte(number):
+                lengths[number] = 1
+            elif model.IsUnknown(number):
+                lengths[number] = -1
+            elif not model.IsControl(number) and not model.IsUnused(number):
+                lengths[number] = len(piece.replace(space, " ").encode())
+                leading[number] = adds_space and piece.startswith(space)
+        return lengths, leading
 
 
 KINDS: dict[str, Callable[[str], Tokenizer]] = {"sentencepiece": SentencePieceTokenizer}

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_mer.checkpoint import CheckpointReader, Fragment
@@ -32,10 +34,10 @@ class StepOutcome:
 
     loss: float
     """Nats a token over the unmasked tokens of the global batch."""
-    loss_fresh: float | None
-    """The same over the fresh rows; None when there were none."""
-    loss_replay: float | None
-    """The same over the replay rows; None when there were none."""
+    rows: NDArray[np.float64]
+    """(N, 2) summed token losses and unmasked tokens of each row, in the order of the batch."""
+    reports: NDArray[np.float64]
+    """(ranks, n) what each rank reported with the step."""
     grad_norm: float
     """L2 norm of the gradient before clipping; inf when it is not finite."""
     applied: bool
@@ -100,12 +102,15 @@ class TrainingEngine:
         """Whether this rank's stage takes inputs or labels (the first and the last do)."""
         return self.coordinate.pipe in (0, self.layout.pp_size - 1)
 
-    def train_step(self, batch: RankBatch | None, lr: float) -> StepOutcome:
+    def train_step(
+        self, batch: RankBatch | None, lr: float, report: Sequence[float] = ()
+    ) -> StepOutcome:
         """Forward, backward and one update on a global batch. Collective.
 
         Args:
             batch: this data-parallel rank's micro batches; None on a stage that reads no data.
             lr: learning rate of this update.
+            report: numbers that every rank is to hear from this one; equally many on all ranks.
         """
         for group in self._wrapped.param_groups:
             group["lr"] = lr
@@ -113,36 +118,54 @@ class TrainingEngine:
         self._engine.train_batch(
             None if batch is None else self._labelled(batch.micro_batches, batch.num_unmasked)
         )
-        return self._outcome()
+        return self._outcome(report)
 
-    def _outcome(self) -> StepOutcome:
+    def _outcome(self, report: Sequence[float]) -> StepOutcome:
         overflow = bool(self._wrapped.overflow)
-        sums = self._reduced_sums(extra=float(overflow))
-        skipped = sums[-1] > 0
-        if 0 < sums[-1] < self.layout.world_size:
+        rows, said = self._gathered(self.num_micro_batches, (float(overflow), *report))
+        overflows = int(said[:, 0].sum())
+        if 0 < overflows < self.layout.world_size:
             raise TrainingError(
                 "ranks disagree on whether the gradient was finite: some updated their weights and "
                 "some did not; the run cannot go on from here, resume it from its last checkpoint"
             )
-        fresh, fresh_tokens, replay, replay_tokens = sums[:4]
         return StepOutcome(
-            loss=_ratio(fresh + replay, fresh_tokens + replay_tokens) or math.nan,
-            loss_fresh=_ratio(fresh, fresh_tokens),
-            loss_replay=_ratio(replay, replay_tokens),
+            loss=mean_loss(rows),
+            rows=rows,
+            reports=said[:, 1:],
             grad_norm=math.inf if overflow else float(self._wrapped._global_grad_norm),
-            applied=not skipped,
+            applied=not overflows,
         )
 
-    def _reduced_sums(self, extra: float = 0.0) -> list[float]:
-        """[fresh loss, fresh tokens, replay loss, replay tokens, extra], summed over all ranks.
+    def _gathered(
+        self, count: int, report: Sequence[float] = ()
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Every row's loss, and what every rank has to say, on all ranks. Collective.
 
-        The last stage's tensor ranks hold the same sums; one of them counts.
+        One sum over all ranks, in which each number has a place of its own: so it is exact, and
+        what is made of the rows has the same bits for any number of data-parallel ranks. The last
+        stage's tensor ranks hold the same rows; one of them counts.
+
+        Args:
+            count: micro batches that went forward on each data-parallel rank.
+            report: this rank's numbers.
+
+        Returns:
+            (rows, 2) losses and tokens in the order of the global batches, and (ranks, n).
         """
-        counts = self.coordinate.pipe == self.layout.pp_size - 1 and self._group.rank == 0
-        mine = self._loss.sums if counts else torch.zeros_like(self._loss.sums)
-        values = torch.cat([mine.flatten(), mine.new_tensor([extra])])
+        share = self.num_micro_batches * self.config.batch.micro_batch_size
+        batches = count // self.num_micro_batches
+        dp_size, world_size = self.layout.dp_size, self.layout.world_size
+        rows = torch.zeros(batches, dp_size, share, 2, dtype=torch.float64, device=self._device)
+        if self.coordinate.pipe == self.layout.pp_size - 1 and self._group.rank == 0:
+            rows[:, self.coordinate.data] = self._loss.rows().view(batches, share, 2)
+        said = torch.zeros(world_size, len(report), dtype=torch.float64)
+        said[dist.get_rank()] = torch.tensor(report, dtype=torch.float64)
+        values = torch.cat([rows.flatten(), said.flatten().to(self._device)])
         dist.all_reduce(values)
-        return [float(value) for value in values.tolist()]
+        found = values.cpu().numpy()
+        split = rows.numel()
+        return found[:split].reshape(-1, 2), found[split:].reshape(world_size, len(report))
 
     def evaluate(self, micro_batches: Iterable[MicroBatch] | None, count: int) -> float:
         """Loss over a held-out set with the present weights. Collective; changes nothing.
@@ -161,8 +184,8 @@ class TrainingEngine:
             num_micro_batches=count,
             bcast_loss=False,
         )
-        fresh, fresh_tokens, replay, replay_tokens, _ = self._reduced_sums()
-        return (fresh + replay) / (fresh_tokens + replay_tokens)
+        rows, _ = self._gathered(count)
+        return mean_loss(rows)
 
     def _labelled(
         self, micro_batches: Iterable[MicroBatch], num_unmasked: int
@@ -173,11 +196,11 @@ class TrainingEngine:
         """
         unmasked = torch.tensor([float(num_unmasked)], device=self._device)
         for micro in micro_batches:
-            inputs, targets, mask, is_replay = (
+            inputs, targets, mask = (
                 torch.from_numpy(array).to(self._device)
-                for array in (micro.inputs, micro.targets, micro.mask, micro.is_replay)
+                for array in (micro.inputs, micro.targets, micro.mask)
             )
-            yield inputs, (targets, mask, is_replay, unmasked)
+            yield inputs, (targets, mask, unmasked)
 
     def fragments(self, extra: Mapping[str, Sequence[Tensor]]) -> Iterator[Fragment]:
         """Everything of the model that this rank owns, for a checkpoint.
@@ -224,8 +247,10 @@ class TrainingEngine:
         )
 
 
-def _ratio(total: float, count: float) -> float | None:
-    return total / count if count else None
+def mean_loss(rows: NDArray[np.float64]) -> float:
+    """Nats a token over rows of (summed losses, tokens); NaN without a token."""
+    total, tokens = rows.sum(0)
+    return float(total / tokens) if tokens else math.nan
 
 
 def _adamw(config: RunConfig, names: Mapping[torch.nn.Parameter, str]) -> torch.optim.AdamW:

@@ -15,6 +15,7 @@ from megatron_mer.model.llama import (
     build_layers,
 )
 from megatron_mer.model.rope import apply_rope, rope_tables
+from megatron_mer.model.utilisation import flops_per_token, peak_tflops
 
 __all__ = [
     "MLP",
@@ -28,10 +29,12 @@ __all__ = [
     "RMSNorm",
     "apply_rope",
     "build_layers",
+    "flops_per_token",
     "init_parameter",
     "init_std",
     "init_tensor",
     "initialise_layer",
     "layer_costs",
+    "peak_tflops",
     "rope_tables",
 ]

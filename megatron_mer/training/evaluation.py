@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_mer.continual.reptile import Reptile
 from megatron_mer.data.evaluation_set import EvaluationSet
 from megatron_mer.engine.training_engine import TrainingEngine
 
@@ -27,6 +28,18 @@ class Evaluator:
     def evaluate(self) -> dict[str, float]:
         """Loss of every set in nats a token, by name, equal on all ranks. Collective."""
         return {name: self._loss(held_out) for name, held_out in self._valid.items()}
+
+    def evaluate_anchor(self, reptile: Reptile, fast: Mapping[str, float]) -> dict[str, float]:
+        """The same with the weights of the last Reptile update. Collective.
+
+        Args:
+            reptile: holds the anchor.
+            fast: what `evaluate` gave; right after a Reptile update the anchor has these losses.
+        """
+        if reptile.updates_since == 0:
+            return dict(fast)
+        with reptile.at_anchor():
+            return self.evaluate()
 
     def _loss(self, held_out: EvaluationSet) -> float:
         engine = self._engine

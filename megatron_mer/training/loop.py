@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_mer.checkpoint import save_checkpoint
-from megatron_mer.continual.plan import Entry
+from megatron_mer.continual.plan import Entry, Rows
 from megatron_mer.continual.reptile import Reptile, ReptileUpdate
 from megatron_mer.data.loader import TrainLoader
-from megatron_mer.engine.distributed import first_failure
+from megatron_mer.engine.distributed import device, first_failure
 from megatron_mer.engine.training_engine import StepOutcome, TrainingEngine
-from megatron_mer.errors import TrainingError
+from megatron_mer.errors import RunStopped, TrainingError
 from megatron_mer.log import get_logger
 from megatron_mer.model import Dimensions
 from megatron_mer.optim.schedule import lr_at
+from megatron_mer.training.bounds import bound_text, over_bound
 from megatron_mer.training.console import Progress
 from megatron_mer.training.evaluation import Evaluator
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.resume import settings
 from megatron_mer.training.run_state import RunState
+from megatron_mer.training.sources import SourceLosses
 from megatron_mer.training.summary import show_results, write_results
+from megatron_mer.training.usage import Usage
 
 # After so many batches in a row without a finite gradient the weights are beyond mending.
 MAX_SKIPPED_IN_A_ROW = 20
@@ -70,6 +74,8 @@ class Trainer:
         self.rank = rank
         self.world_size = world_size
         self.evaluator = Evaluator(prepared.valid, engine, prepared.config.batch.micro_batch_size)
+        self._sources = SourceLosses(prepared.plan)
+        self._usage = Usage(prepared.config, world_size, device())
         self._prepared = prepared
         self._settings = settings(prepared)
         self._saved_at = -1
@@ -110,13 +116,16 @@ class Trainer:
         lr = lr_at(
             self.config.schedule, self.config.optimizer.lr, self.state.horizon, self.state.updates
         )
-        outcome = self.engine.train_step(next(loader) if loader else None, lr)
+        data = next(loader) if loader else None
+        waited = time.perf_counter() - begin
+        outcome = self.engine.train_step(data, lr, (waited, self._usage.memory_gib()))
+        rows = self._sources.rows(batch) if self.rank == 0 else None  # Before a skip is marked.
         update = self._count(batch, outcome, loader)
         seconds = time.perf_counter() - begin
         self.state.seconds += seconds
         entry = self.plan.entry_of(batch)
-        if self.rank == 0:
-            line = self._metrics(batch, entry, lr, outcome, update, seconds)
+        if rows is not None:
+            line = self._metrics(batch, entry, lr, outcome, rows, update, seconds)
             self.outputs.append_metrics(line)
             self._show(entry, line, progress)
         self._after(batch, entry, outcome)
@@ -156,26 +165,34 @@ class Trainer:
         entry: Entry,
         lr: float,
         outcome: StepOutcome,
+        rows: Rows,
         update: ReptileUpdate | None,
         seconds: float,
     ) -> dict[str, Any]:
-        rows = self.config.batch.global_batch_size
-        tokens = rows * self.config.model.seq_length
+        tokens = len(outcome.rows) * self.config.model.seq_length
+        by_kind = self._sources.by_kind(rows, outcome.rows)
+        waited, memory = outcome.reports.max(0).tolist()
         line = {
             "step": self.state.updates if outcome.applied else None,
             "batch": batch,
             "task": entry.task,
             "lr": lr,
             "loss": _finite(outcome.loss),
-            "loss_fresh": _finite(outcome.loss_fresh),
-            "loss_replay": _finite(outcome.loss_replay),
+            "loss_fresh": by_kind["fresh"],
+            "loss_replay": by_kind["replay"],
             "grad_norm": _finite(outcome.grad_norm),
             "replay_rows": self.plan.replay_rows(batch),
             "consumed_samples": self.plan.rows_before(self.state.batches),
             "consumed_fresh_samples": self.plan.fresh_rows_before(self.state.batches),
             "step_seconds": round(seconds, 6),
-            "tokens_per_second": round(tokens / seconds, 1),
+            "data_wait_seconds": round(waited, 6),
+            **self._usage.speed(tokens, seconds),
+            "memory_gib": round(memory, 3),
+            "loss_by_task": self._sources.by_task(rows, outcome.rows),
         }
+        every = self.config.metrics.by_dataset_every_steps
+        if every and outcome.applied and self.state.updates % every == 0:
+            line["loss_by_dataset"] = self._sources.by_dataset(rows, outcome.rows)
         if self.reptile:
             line["updates_since_reptile"] = self.reptile.updates_since
         if update:
@@ -205,28 +222,38 @@ class Trainer:
         """Evaluate and save where it is due."""
         ends = batch + 1 == entry.last_batch
         every = self.config.evaluate.every_steps if self.config.evaluate else None
+        too_much = None
         if ends:
-            self._evaluate("entry_end", entry)
+            too_much = self._evaluate("entry_end", entry)
         elif outcome.applied and every and self.state.updates % every == 0:
-            self._evaluate("interval", entry)
+            too_much = self._evaluate("interval", entry)
         every = self.config.checkpoint.every_steps
         if ends or (outcome.applied and every and self.state.updates % every == 0):
             self.save()
+        if too_much:
+            self._bound(too_much)
 
-    def _evaluate(self, moment: str, entry: Entry | None) -> None:
+    def _evaluate(self, moment: str, entry: Entry | None) -> str | None:
         """Evaluate every held-out set and write the line.
 
         Args:
             moment: ``start``, ``entry_end`` (a row of the forgetting matrix) or ``interval``.
             entry: the entry in training, None before the first step.
+
+        Returns:
+            On every rank, what is above the bound on forgetting; None if nothing is.
         """
         begin = time.perf_counter()
         losses = self.evaluator.evaluate()
-        self.state.seconds += time.perf_counter() - begin
-        if self.rank != 0 or not losses:
-            return
-        self.outputs.append_evaluation(
-            {
+        anchor = None
+        if self.reptile and moment == "entry_end":
+            anchor = self.evaluator.evaluate_anchor(self.reptile, losses)
+        seconds = time.perf_counter() - begin
+        self.state.seconds += seconds
+        if not losses:
+            return None
+        if self.rank == 0:
+            line = {
                 "step": self.state.updates,
                 "batches": self.state.batches,
                 "moment": moment,
@@ -235,10 +262,46 @@ class Trainer:
                 "updates_since_reptile": self.reptile.updates_since if self.reptile else None,
                 "losses": {name: _finite(loss) for name, loss in losses.items()},
             }
-        )
+            if anchor is not None:
+                line["losses_anchor"] = {name: _finite(loss) for name, loss in anchor.items()}
+            self.outputs.append_evaluation({**line, "seconds": round(seconds, 3)})
+            self._show_evaluation(entry, losses)
+        return self._over_bound()
+
+    def _show_evaluation(self, entry: Entry | None, losses: Mapping[str, float]) -> None:
         shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         where = "before the first step" if entry is None else f"step {self.state.updates}"
         logger.info("held-out loss, %s: %s", where, shown)
+
+    def _over_bound(self) -> str | None:
+        """Rank 0, which has the evaluations, tells all ranks what is too much. Collective."""
+        bounds = self.config.evaluate.bounds if self.config.evaluate else None
+        if bounds is None:
+            return None
+        said: list[str | None] = [None]
+        if self.rank == 0:
+            stream, most = self.config.stream, bounds.max_forgetting
+            if found := over_bound(self.outputs.evaluations(), stream, most):
+                said = [bound_text(found, most, self.state.updates)]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def _bound(self, text: str) -> None:
+        """Do what the configuration says of too much forgetting. Collective.
+
+        Raises:
+            RunStopped: it says to stop; a checkpoint is there.
+        """
+        if self.rank == 0:
+            logger.warning("%s", text)
+        bounds = self.config.evaluate.bounds if self.config.evaluate else None
+        if bounds is None or bounds.action == "warn":
+            return
+        self.save()
+        raise RunStopped(
+            f"{text}; a checkpoint was saved. Start again to go on to the next evaluation, raise "
+            "the bound, or change replay (--accept replay)"
+        )
 
     def save(self) -> None:
         """Write a checkpoint of everything. Collective."""

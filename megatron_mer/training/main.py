@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from megatron_mer.config import RunConfig, describe, load_config
 from megatron_mer.continual.history import KINDS
-from megatron_mer.errors import ConfigError, MegatronMerError, Problem
+from megatron_mer.errors import ConfigError, MegatronMerError, Problem, RunStopped
 from megatron_mer.launch.environment import RankEnvironment, rank_environment
 from megatron_mer.log import setup_logging
 from megatron_mer.training.preflight import Prepared, prepare
@@ -191,6 +191,8 @@ def _train(
         return 3
     except ConfigError as error:
         return _refuse(error, environment)
+    except RunStopped as error:
+        return _report(error, 0) if environment.rank == 0 else error.exit_code
     except MegatronMerError as error:
         return _report(error, environment.rank)
     except Exception:  # noqa: BLE001

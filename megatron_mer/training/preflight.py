@@ -143,6 +143,7 @@ def _evaluation_set(config: RunConfig, dataset: IndexedDataset, vocab_size: int)
         rows_per_batch=config.batch.global_batch_size,
         max_batches=config.evaluate.max_batches if config.evaluate else None,
         vocab_size=vocab_size,
+        max_samples=config.evaluate.max_samples if config.evaluate else None,
     )
 
 

@@ -14,7 +14,7 @@ from megatron_mer.config import to_yaml
 from megatron_mer.continual.reptile import Reptile
 from megatron_mer.engine.distributed import device, start_distributed
 from megatron_mer.engine.training_engine import TrainingEngine
-from megatron_mer.errors import CheckpointError, ConfigError, MegatronMerError
+from megatron_mer.errors import CheckpointError, ConfigError, MegatronMerError, RunStopped
 from megatron_mer.log import get_logger, setup_logging
 from megatron_mer.optim.schedule import end_of_schedule, horizon, lr_at
 from megatron_mer.parallel import Layout
@@ -64,6 +64,12 @@ def run(
         _train(prepared, outputs, info, state, rank, world_size, accept)
     except KeyboardInterrupt:
         _note(outputs, "stopped", "interrupted; start again to resume from the last checkpoint")
+        raise
+    except RunStopped as error:
+        # Every rank stops here, after the last write.
+        dist.barrier()
+        if rank == 0:
+            outputs.write_status("stopped", state.updates, str(error))
         raise
     except MegatronMerError as error:
         _note(outputs, "failed", f"rank {rank}: {error}")

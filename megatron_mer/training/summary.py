@@ -8,7 +8,12 @@ from typing import Any
 
 from megatron_mer.analysis.pictures import loss_picture
 from megatron_mer.analysis.tables import matrix_table
-from megatron_mer.continual.forgetting import MatrixRow, summary_dict
+from megatron_mer.continual.forgetting import (
+    MatrixRow,
+    bits_per_byte,
+    matrix_dict,
+    summary_dict,
+)
 from megatron_mer.log import get_logger
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
@@ -31,7 +36,7 @@ def write_results(outputs: RunDirectory, prepared: Prepared, state: RunState) ->
     config, plan = prepared.config, prepared.plan
     ledger = plan.ledger(state.batches)
     outputs.write_json("ledger.json", ledger)
-    evaluations = [_with_numbers(line) for line in outputs.evaluations()]
+    evaluations = outputs.evaluations()
     skipped = len(plan.skipped)
     if skipped:
         logger.warning("%d of %d batches were skipped: not finite", skipped, state.batches)
@@ -64,31 +69,58 @@ def write_results(outputs: RunDirectory, prepared: Prepared, state: RunState) ->
     return summary
 
 
-def _with_numbers(line: dict[str, Any]) -> dict[str, Any]:
-    """A loss that was not finite stands as null in the file, since JSON has no NaN."""
-    losses = {name: math.nan if v is None else v for name, v in line["losses"].items()}
-    return {**line, "losses": losses}
-
-
 def _with_losses(
     prepared: Prepared, evaluations: list[dict[str, Any]], extras: dict[str, Any]
 ) -> dict[str, Any]:
     stream = prepared.config.stream
-    return summary_dict(
-        [
-            MatrixRow(line["entry"], line["task"], line["losses"])
-            for line in evaluations
-            if line["moment"] != "interval"
-        ],
-        {name: task.task for task in stream for name in task.valid_sets},
-        {task.task for task in stream if task.trained_before},
-        extras={
-            **extras,
-            "unigram_entropy": {
-                name: held_out.unigram_entropy() for name, held_out in prepared.valid.items()
-            },
+    held_out = {
+        name: {
+            "samples": subject.num_samples,
+            "tokens": subject.num_tokens,
+            "bytes": subject.num_bytes(prepared.tokenizer),
+        }
+        for name, subject in prepared.valid.items()
+    }
+    set_tasks = {name: task.task for task in stream for name in task.valid_sets}
+    before = {task.task for task in stream if task.trained_before}
+    extras = {
+        **extras,
+        "held_out": held_out,
+        "unigram_entropy": {
+            name: subject.unigram_entropy() for name, subject in prepared.valid.items()
         },
-    )
+    }
+    if (anchor := _matrix_rows(evaluations, "losses_anchor")) is not None:
+        extras["anchor"] = matrix_dict(anchor, set_tasks, before)
+    summary = summary_dict(_matrix_rows(evaluations) or [], set_tasks, before, extras)
+    summary["bits_per_byte"] = {
+        measure: bits_per_byte(summary[measure]["sets"], held_out)
+        for measure in ("retained", "learned")
+    }
+    return summary
+
+
+def _matrix_rows(evaluations: list[dict[str, Any]], key: str = "losses") -> list[MatrixRow] | None:
+    """The rows of the matrix, from the lines at the ends of entries.
+
+    Args:
+        evaluations: lines of `evaluations.jsonl`.
+        key: which losses; before the first step fast weights and anchor are the same.
+
+    Returns:
+        None if an entry's end has no such losses. A loss that was not finite stands as null in the
+        file, since JSON has no NaN.
+    """
+    rows = []
+    for line in evaluations:
+        if line["moment"] == "interval":
+            continue
+        losses = line.get("losses" if line["moment"] == "start" else key)
+        if losses is None:
+            return None
+        numbers = {name: math.nan if v is None else v for name, v in losses.items()}
+        rows.append(MatrixRow(line["entry"], line["task"], numbers))
+    return rows if len(rows) > 1 or key == "losses" else None
 
 
 def _boundaries(evaluations: list[dict[str, Any]]) -> list[tuple[int, str]]:

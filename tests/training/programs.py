@@ -57,13 +57,13 @@ def _poison(poison):
 
     step = TrainingEngine.train_step
 
-    def poisoned(self, batch, lr):
+    def poisoned(self, batch, lr, report):
         self.steps_taken = getattr(self, "steps_taken", -1) + 1
         here = self.steps_taken == poison["batch"] and int(os.environ["RANK"]) == poison["rank"]
         parameter = next(iter(self._names))
         handle = parameter.register_hook(lambda grad: grad * float("nan")) if here else None
         try:
-            return step(self, batch, lr)
+            return step(self, batch, lr, report)
         finally:
             if handle:
                 handle.remove()
@@ -105,7 +105,7 @@ def _record(folder):
 
     step = TrainingEngine.train_step
 
-    def recorded(self, batch, lr):
+    def recorded(self, batch, lr, report):
         if batch is not None:
             rows = [
                 [*inputs.tolist(), int(target[-1]), bool(replayed), mask.tolist()]
@@ -117,6 +117,6 @@ def _record(folder):
             at = self.coordinate
             path = folder / f"batch_{batch.batch}_data_{at.data}_pipe_{at.pipe}_model_{at.model}"
             path.write_text(json.dumps(rows))
-        return step(self, batch, lr)
+        return step(self, batch, lr, report)
 
     TrainingEngine.train_step = recorded

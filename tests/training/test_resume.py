@@ -6,8 +6,6 @@ import pytest
 
 pytestmark = pytest.mark.dist
 
-TIMES = ("step_seconds", "tokens_per_second")
-
 CASES = {
     "bf16_pp2_dp2": (4, ("--precision=bf16", "--parallel.pp_size=2")),
     "fp32_pp2_dp2": (4, ("--precision=fp32", "--parallel.pp_size=2")),
@@ -15,10 +13,6 @@ CASES = {
     "fp32_tp2": (2, ("--precision=fp32", "--parallel.tp_size=2")),
 }
 LONG = {"fp32_tp2"}
-
-
-def without_times(lines):
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -35,11 +29,11 @@ def test_killed_in_mid_interval_and_task_resumes_to_the_bit(tiny, case):
     assert len(tiny.lines("killed")) == 12
     tiny.train(config, *options, world_size=ranks)
     assert [line["step"] for line in tiny.lines("killed")] == list(range(1, 21))
-    assert without_times(tiny.lines("killed")) == without_times(tiny.lines("alone"))
+    assert tiny.results("killed") == tiny.results("alone")
     lost = tiny.lines("killed", "metrics.lost.jsonl")
     assert [line["step"] for line in lost] == [11, 12]
-    evaluations = tiny.lines("killed", "evaluations.jsonl")
-    assert evaluations == tiny.lines("alone", "evaluations.jsonl")
+    evaluations = tiny.results("killed", "evaluations.jsonl")
+    assert evaluations == tiny.results("alone", "evaluations.jsonl")
     assert [line["step"] for line in evaluations] == [0, 7, 14, 20]
 
 
@@ -52,7 +46,7 @@ def test_recomputing_activations_changes_no_bit(tiny):
     # A training step runs each block a second time, an evaluation does not: 20 steps of 8 micro
     # batches, 4 blocks in all.
     assert sum(said) - sum(plain) == 20 * 8 * 4
-    assert without_times(tiny.lines("recomputed")) == without_times(tiny.lines("kept"))
+    assert tiny.results("recomputed") == tiny.results("kept")
 
 
 def test_killed_before_the_first_checkpoint_begins_again(tiny):
@@ -60,8 +54,8 @@ def test_killed_before_the_first_checkpoint_begins_again(tiny):
     config = tiny.write("killed")
     assert tiny.train(config, kill_after=2, expect_failure=True) == [-9]
     tiny.train(config)
-    assert without_times(tiny.lines("killed")) == without_times(tiny.lines("alone"))
-    assert tiny.lines("killed", "evaluations.jsonl") == tiny.lines("alone", "evaluations.jsonl")
+    assert tiny.results("killed") == tiny.results("alone")
+    assert tiny.results("killed", "evaluations.jsonl") == tiny.results("alone", "evaluations.jsonl")
 
 
 @pytest.mark.slow
@@ -80,5 +74,5 @@ def test_killed_again_and_again_resumes_to_the_bit(tiny, case):
         )
         assert set(codes) == {-9}
     tiny.train(config, *options, world_size=ranks)
-    assert without_times(tiny.lines("killed")) == without_times(tiny.lines("alone"))
-    assert tiny.lines("killed", "evaluations.jsonl") == tiny.lines("alone", "evaluations.jsonl")
+    assert tiny.results("killed") == tiny.results("alone")
+    assert tiny.results("killed", "evaluations.jsonl") == tiny.results("alone", "evaluations.jsonl")
