@@ -302,8 +302,8 @@ class EvaluateConfig:
 class MetricsConfig:
     """What a line of metrics.jsonl holds beside what is always there."""
 
-    by_dataset_every_steps: Count | None = 1
-    """Loss by dataset every so many steps; null: never. With thousands of datasets it is most of a
+    by_dataset_every_steps: Count | None = 10
+    """Loss by dataset every so many steps; null: never. With a thousand datasets it is most of a
     line."""
     peak_tflops: Positive | None = None
     """Dense peak of one device in TFLOP/s, for the utilisation (mfu); default: that of a GPU whose

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,26 @@ class MicroBatch:
     """Shape (B,): whether the row was replayed."""
 
 
+class Rows(Protocol):
+    """Where the rows of a batch come from, one element a row."""
+
+    @property
+    def kind(self) -> NDArray[np.uint8]:
+        """0 fresh, 1 replay."""
+
+    @property
+    def entry(self) -> NDArray[np.int32]:
+        """Index into the plan's entries."""
+
+    @property
+    def dataset(self) -> NDArray[np.int32]:
+        """Index into the plan's datasets."""
+
+    @property
+    def sample(self) -> NDArray[np.int64]:
+        """Sample number in its dataset."""
+
+
 @dataclass(frozen=True)
 class RankBatch:
     """One rank's part of a global batch, in order."""
@@ -38,6 +59,8 @@ class RankBatch:
     """This rank's rows."""
     num_unmasked: int
     """Unmasked target tokens of the global batch: what its summed loss is divided by."""
+    rows: Rows | None = None
+    """Where all rows of the global batch come from, if the loader was asked to keep them."""
 
 
 @dataclass(frozen=True)

@@ -15,29 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mer.data.batches import RankBatch, cut_micro_batches, rank_rows
+from megatron_mer.data.batches import RankBatch, Rows, cut_micro_batches, rank_rows
 from megatron_mer.data.indexed_dataset import IndexedDataset
 from megatron_mer.data.packing import RowReader
 from megatron_mer.errors import DataError, MegatronMerError, TrainingError
 
 REPLAY = 1
 """`Rows.kind` of a replayed row."""
-
-
-class Rows(Protocol):
-    """Where the rows of a batch come from, one entry a row."""
-
-    @property
-    def kind(self) -> NDArray[np.uint8]:
-        """0 fresh, 1 replay."""
-
-    @property
-    def dataset(self) -> NDArray[np.int32]:
-        """Index into the plan's datasets."""
-
-    @property
-    def sample(self) -> NDArray[np.int64]:
-        """Sample number in its dataset."""
 
 
 class Plan(Protocol):
@@ -78,6 +62,7 @@ class TrainLoader:
         eod_mask_loss: whether the first token of each document is no target.
         first_batch: batch to begin with: the batches drawn so far.
         prefetch: batches read ahead, at least 1.
+        keep_rows: whether each batch says where all its rows come from, other ranks' too.
 
     Raises:
         DataError: a dataset of the plan is missing.
@@ -95,6 +80,7 @@ class TrainLoader:
         eod_mask_loss: bool = False,
         first_batch: int = 0,
         prefetch: int = 2,
+        keep_rows: bool = False,
     ) -> None:
         used = plan.datasets_from(first_batch)
         missing = [name for name in used if name not in datasets]
@@ -108,6 +94,7 @@ class TrainLoader:
         self._dp = (dp_rank, dp_size)
         self._micro_batch_size = micro_batch_size
         self._eod_mask_loss = eod_mask_loss
+        self._keep_rows = keep_rows
         self._ones = np.ones((0, seq_length), dtype=np.float32)
         self._delivered = first_batch - 1
         self._prefetch = max(1, prefetch)
@@ -175,7 +162,7 @@ class TrainLoader:
         size = self._plan.global_batch_size(batch)
         mine = rank_rows(size, *self._dp, self._micro_batch_size)
         # How many targets count is known only from all ranks' rows, unless all of them count.
-        places = range(size) if self._eod_mask_loss else mine
+        places = range(size) if self._eod_mask_loss or self._keep_rows else mine
         rows = self._plan.rows(batch, places.start, places.stop)
         own = slice(mine.start - places.start, mine.stop - places.start)
         dataset, sample = self._places[rows.dataset], np.asarray(rows.sample, dtype=np.int64)
@@ -193,6 +180,7 @@ class TrainLoader:
             batch=batch,
             micro_batches=cut_micro_batches(samples, mask, replayed, self._micro_batch_size),
             num_unmasked=num_unmasked,
+            rows=rows if self._keep_rows else None,
         )
 
     def _mask(

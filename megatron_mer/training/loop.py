@@ -10,8 +10,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mer.checkpoint import save_checkpoint
-from megatron_mer.continual.plan import Entry, Rows
+from megatron_mer.continual.plan import Entry
 from megatron_mer.continual.reptile import Reptile, ReptileUpdate
+from megatron_mer.data.batches import Rows
 from megatron_mer.data.loader import TrainLoader
 from megatron_mer.engine.distributed import device, first_failure
 from megatron_mer.engine.training_engine import StepOutcome, TrainingEngine
@@ -109,6 +110,7 @@ class Trainer:
             micro_batch_size=config.batch.micro_batch_size,
             eod_mask_loss=config.batch.eod_mask_loss,
             first_batch=self.state.batches,
+            keep_rows=self.rank == 0,
         )
 
     def _step(self, batch: int, loader: TrainLoader | None, progress: Progress) -> None:
@@ -119,13 +121,12 @@ class Trainer:
         data = next(loader) if loader else None
         waited = time.perf_counter() - begin
         outcome = self.engine.train_step(data, lr, (waited, self._usage.memory_gib()))
-        rows = self._sources.rows(batch) if self.rank == 0 else None  # Before a skip is marked.
         update = self._count(batch, outcome, loader)
         seconds = time.perf_counter() - begin
         self.state.seconds += seconds
         entry = self.plan.entry_of(batch)
-        if rows is not None:
-            line = self._metrics(batch, entry, lr, outcome, rows, update, seconds)
+        if data is not None and data.rows is not None:
+            line = self._metrics(batch, entry, lr, outcome, data.rows, update, seconds)
             self.outputs.append_metrics(line)
             self._show(entry, line, progress)
         self._after(batch, entry, outcome)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mer.continual.plan import Plan, Rows
+from megatron_mer.continual.plan import Plan
+from megatron_mer.data.batches import Rows
 
 KINDS = ("fresh", "replay")
 """Names of `Rows.kind`."""
@@ -24,14 +26,10 @@ class SourceLosses:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self._datasets = plan.datasets
         self._tasks = list(dict.fromkeys(entry.task for entry in plan.entries))
         numbers = {task: number for number, task in enumerate(self._tasks)}
         self._task_of_entry = np.array([numbers[entry.task] for entry in plan.entries])
-
-    def rows(self, batch: int) -> Rows:
-        """Where the rows of a batch come from."""
-        return self._plan.rows(batch)
 
     def by_kind(self, rows: Rows, losses: NDArray[np.float64]) -> dict[str, float | None]:
         """Nats a token over fresh and over replayed rows; None where there are none.
@@ -49,20 +47,20 @@ class SourceLosses:
 
     def by_dataset(self, rows: Rows, losses: NDArray[np.float64]) -> BySource:
         """Loss and tokens by dataset and kind; arguments as for `by_kind`."""
-        return _split(rows.dataset.astype(np.int64), self._plan.datasets, rows, losses)
+        return _split(rows.dataset.astype(np.int64), self._datasets, rows, losses)
 
 
 def _split(
     sources: NDArray[np.int64], names: Sequence[str], rows: Rows, losses: NDArray[np.float64]
 ) -> BySource:
     """Sum over the rows with equal (source, kind), sources in the order of their names."""
-    keys, places = np.unique(sources * len(KINDS) + rows.kind, return_inverse=True)
-    totals = np.bincount(places, weights=losses[:, 0], minlength=len(keys))
-    tokens = np.bincount(places, weights=losses[:, 1], minlength=len(keys))
+    keys = sources * len(KINDS) + rows.kind
+    present = np.bincount(keys).nonzero()[0]
+    totals = np.bincount(keys, weights=losses[:, 0])[present]
+    tokens = np.bincount(keys, weights=losses[:, 1])[present]
     split: BySource = {}
-    for key, total, count in zip(keys.tolist(), totals.tolist(), tokens.tolist(), strict=True):
+    for key, total, count in zip(present.tolist(), totals.tolist(), tokens.tolist(), strict=True):
         source, kind = divmod(key, len(KINDS))
-        mean = total / count if count else float("nan")
-        kinds = split.setdefault(names[source], {})
-        kinds[KINDS[kind]] = [mean if np.isfinite(mean) else None, int(count)]
+        mean = total / count if count and math.isfinite(total) else None
+        split.setdefault(names[source], {})[KINDS[kind]] = [mean, int(count)]
     return split

@@ -7,6 +7,8 @@ from megatron_mer.continual.forgetting import (
     ForgettingMatrix,
     MatrixRow,
     SetScores,
+    bits_per_byte,
+    matrix_dict,
     summary_dict,
 )
 
@@ -192,3 +194,26 @@ def test_a_set_that_came_later_has_what_follows_its_coming():
     assert scores["fr"].forward_transfer is None
     assert scores["en"].forgetting == pytest.approx(-0.5)
     json.dumps(summary_dict(rows, {"en": "en", "fr": "fr"}), allow_nan=False)
+
+
+def test_bits_per_byte_by_hand():
+    # 2 ln 2 nats a token are 2 bits; 100 tokens of 400 bytes: half a bit a byte.
+    losses = {"en": 2 * math.log(2), "fr": math.log(2), "de": None, "ja": 1.0, "ar": 1.0}
+    held_out = {
+        "en": {"samples": 1, "tokens": 100, "bytes": 400},
+        "fr": {"samples": 1, "tokens": 100, "bytes": 50},
+        "de": {"samples": 1, "tokens": 100, "bytes": 50},
+        "ja": {"samples": 1, "tokens": 100, "bytes": None},
+    }
+    assert bits_per_byte(losses, held_out) == {
+        "mean": pytest.approx(1.25),
+        "sets": {
+            "en": pytest.approx(0.5), "fr": pytest.approx(2.0), "de": None, "ja": None, "ar": None
+        },
+    }  # fmt: skip
+
+
+def test_the_measures_alone_are_those_of_the_summary():
+    alone, whole = matrix_dict(THREE, OWN), summary_dict(THREE, OWN, extras={"name": "run"})
+    assert {key: whole[key] for key in alone} == alone
+    assert set(whole) - set(alone) == {"set_tasks", "trained_before", "name"}

@@ -57,6 +57,17 @@ def test_every_sample_once_in_order(dataset: IndexedDataset, dp_size: int, micro
     assert subject.num_tokens == 40
 
 
+def test_max_samples_takes_the_first_whatever_the_batch(dataset: IndexedDataset) -> None:
+    for rows, batches in ((1, 7), (4, 2), (8, 1)):
+        subject = EvaluationSet(dataset, SEQ_LENGTH, rows, None, VOCAB_SIZE, max_samples=7)
+        assert (subject.num_samples, subject.num_batches, subject.num_tokens) == (7, batches, 28)
+        tokens, mask, _ = gather(subject, 1, 1)
+        np.testing.assert_array_equal(mask.sum(1), [SEQ_LENGTH] * 7 + [0] * (rows * batches - 7))
+        np.testing.assert_array_equal(tokens[6], dataset.tokens(24, 29))
+    both = EvaluationSet(dataset, SEQ_LENGTH, 4, 1, VOCAB_SIZE, max_samples=7)
+    assert both.num_samples == 4
+
+
 def test_max_batches_takes_the_first(dataset: IndexedDataset) -> None:
     subject = EvaluationSet(dataset, SEQ_LENGTH, 4, 2, VOCAB_SIZE)
     tokens, mask, counts = gather(subject, 1, 4)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from megatron_mer.data.tokenizers import load_tokenizer
+from megatron_mer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mer.errors import ConfigError, DataError
 
 TEXTS = [
@@ -31,6 +31,41 @@ def test_encodes_and_decodes_without_loss(tokenizer_path: Path) -> None:
         assert ids.dtype == np.int32
         assert not np.isin(ids, [0, 1, 2]).any()
         assert tokenizer.decode(ids) == text
+
+
+def test_bytes_of_documents_are_those_of_their_text(tokenizer_path: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(f"sentencepiece:{tokenizer_path}")
+    row = [tokenizer.eod_id]
+    for text in TEXTS:
+        row += [*tokenizer.encode(text).tolist(), tokenizer.eod_id]
+    wanted = sum(len(text.encode()) for text in TEXTS)
+    assert tokenizer.num_bytes(np.array([row])) == wanted
+    # Cut into two rows that share an id, the first of which counts nothing.
+    half = len(row) // 2 + 1
+    parts = (np.array([row[:half]]), np.array([row[half - 1 :]]))
+    assert sum(tokenizer.num_bytes(part) or 0 for part in parts) == wanted
+
+
+def test_bytes_of_a_model_that_adds_a_space_and_knows_not_all(tmp_path: Path) -> None:
+    SentencePieceTrainer.Train(
+        sentence_iterator=iter(["one two three", "two one three", "three two one"] * 5),
+        model_prefix=str(tmp_path / "plain"),
+        vocab_size=20,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(f"sentencepiece:{tmp_path / 'plain.model'}")
+    one = tokenizer.encode("one two").tolist()
+    row = np.array([[tokenizer.eod_id, *one, tokenizer.eod_id, *one]])
+    assert tokenizer.num_bytes(row) == 2 * len("one two")
+    assert tokenizer.num_bytes(row[:, 1:]) == len("one two") * 2 - len("one"[: _first(tokenizer)])
+    unknown = np.array([[tokenizer.eod_id, *tokenizer.encode("one \u65e5")]])
+    assert tokenizer.num_bytes(unknown) is None
+
+
+def _first(tokenizer: Tokenizer) -> int:
+    """Letters of "one" in the first id of a text that begins with it."""
+    return len(tokenizer.decode(tokenizer.encode("one two")[:1]))
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
