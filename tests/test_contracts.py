@@ -34,6 +34,7 @@ LIGHT_PROGRAMS = (
     "tools/inspect_dataset.py",
     "tools/inspect_stream.py",
     "tools/merge_datasets.py",
+    "tools/plot_schedule.py",
     "tools/preprocess_data.py",
     "tools/train_tokenizer.py",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from megatron_mer.config.parse import as_far_as_parsed
 from megatron_mer.config.schema import RunConfig, ScheduleConfig, ScheduleSegmentConfig
@@ -51,20 +52,48 @@ def _length(segment: ScheduleSegmentConfig, path: str, is_last: bool) -> Problem
         yield Problem(f"{path}.warmup_steps", given, f"0 to {most}")
 
 
+# Keys that belong to some kinds only.
+_OF_KINDS: Final = {
+    "min_lr": ("cosine", "wsd", "infinite"),
+    "decay_steps": ("wsd", "infinite"),
+    "decay": ("wsd", "infinite"),
+    "cooldown_steps": ("infinite",),
+    "constant_lr": ("infinite",),
+}
+
+
 def unused_or_above_peak(config: RunConfig) -> Problems:
     """Values that a kind does not read, and a floor above the peak."""
     schedule = config.schedule
-    if schedule.kind == "constant":
-        if schedule.min_lr != 0:
-            given = f"given {schedule.min_lr:g}, which kind constant does not use"
-            yield Problem("schedule.min_lr", given, "nothing", "leave it out or choose cosine")
-        if schedule.total_steps is not None and not schedule.then:
-            given = f"given {schedule.total_steps}, where schedule.then says nothing that begins"
-            remedy = "leave it out, choose cosine, or say in schedule.then what follows"
-            yield Problem("schedule.total_steps", given, "nothing for kind constant", remedy)
-    elif schedule.min_lr > config.optimizer.lr:
+    kind = schedule.kind
+    for key, kinds in _OF_KINDS.items():
+        value = getattr(schedule, key)
+        if value and kind not in kinds:
+            shown = value if isinstance(value, str) else f"{value:g}"
+            given = f"given {shown}, which kind {kind} does not use"
+            yield Problem(f"schedule.{key}", given, "nothing", f"leave it out or choose {kinds[0]}")
+    if schedule.per_task:
+        yield from _per_task(schedule)
+    elif kind == "constant" and schedule.total_steps is not None and not schedule.then:
+        given = f"given {schedule.total_steps}, where schedule.then says nothing that begins"
+        remedy = "leave it out, choose cosine, or say in schedule.then what follows"
+        yield Problem("schedule.total_steps", given, "nothing for kind constant", remedy)
+    if kind != "constant" and schedule.min_lr > config.optimizer.lr:
         given = f"{schedule.min_lr:g} is above the peak, optimizer.lr {config.optimizer.lr:g}"
         yield Problem("schedule.min_lr", given, f"0 to {config.optimizer.lr:g}")
+
+
+def _per_task(schedule: ScheduleConfig) -> Problems:
+    if schedule.kind == "constant":
+        given = "given true with kind constant, which ends where it would begin again"
+        remedy = "leave it out, or choose another kind"
+        yield Problem("schedule.per_task", given, "false", remedy)
+    if schedule.total_steps is not None:
+        given = f"given {schedule.total_steps} with per_task, where each entry has its own length"
+        yield Problem("schedule.total_steps", given, "nothing", "leave it out")
+    if schedule.then:
+        given = "given with per_task, where each further entry has a schedule of its own"
+        yield Problem("schedule.then", given, "nothing", "leave it out")
 
 
 def warmup_too_long(config: RunConfig) -> Problems:
@@ -73,12 +102,15 @@ def warmup_too_long(config: RunConfig) -> Problems:
     trained = [entry for entry in config.stream if not entry.trained_before]
     steps = [entry.steps for entry in trained if entry.steps is not None]
     # A task given in fresh tokens takes a number of steps that only the plan knows.
-    if total is None and len(steps) == len(trained):
+    if config.schedule.per_task:
+        total = min(steps, default=None)
+    elif total is None and len(steps) == len(trained):
         total = sum(steps)
-    # A cosine of no length is none; see optim.schedule.check_schedule.
-    most = total - (config.schedule.kind == "cosine") if total else warmup
+    # A decay of no length is none; see optim.schedule.check_schedule.
+    most = total - (config.schedule.kind != "constant") if total else warmup
     if warmup > most:
-        given = f"{warmup} steps of warm-up in a schedule of {total}"
+        what = "of the shortest entry's" if config.schedule.per_task else "of"
+        given = f"{warmup} steps of warm-up in a schedule {what} {total}"
         yield Problem("schedule.warmup_steps", given, f"0 to {most}")
 
 

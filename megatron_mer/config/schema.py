@@ -167,17 +167,33 @@ class ScheduleSegmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Learning rate over the optimizer steps of the whole stream."""
+    """Learning rate over the optimizer steps of the whole stream, or of each task."""
 
-    kind: Literal["cosine", "constant"] = "cosine"
-    """cosine: warm up, then one cosine to min_lr at total_steps; constant: warm up, then stay."""
+    kind: Literal["cosine", "wsd", "infinite", "constant"] = "cosine"
+    """cosine: warm up, then one cosine to min_lr at total_steps; wsd: warm up, stay, decay to
+    min_lr over the last decay_steps; infinite: warm up, cool down along a cosine to constant_lr,
+    stay there, decay as wsd does; constant: warm up, then stay."""
+    per_task: Flag = False
+    """Begin anew with each entry of the stream, whose batches are then the schedule's length: the
+    rate warms up from where it ended. Not for constant, which ends where it would begin."""
     warmup_steps: CountOrZero = 0
     """Steps of the linear warm-up from 0 to optimizer.lr."""
     min_lr: NotNegative = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end; not for constant."""
+    decay_steps: Count | None = None
+    """wsd and infinite: steps of the decay to min_lr; default: 10 % of the schedule for wsd, 25 %
+    for infinite."""
+    decay: Literal["linear", "cosine", "sqrt", "exponential"] | None = None
+    """wsd and infinite: form of that decay. sqrt falls as 1 - sqrt(x), the default of wsd;
+    exponential, the default of infinite, needs min_lr > 0."""
+    cooldown_steps: Count | None = None
+    """infinite: steps of the cosine from optimizer.lr to constant_lr; default: 60 % of the
+    schedule."""
+    constant_lr: Positive | None = None
+    """infinite: learning rate between cooldown and decay; default: 0.55 of optimizer.lr."""
     total_steps: Count | None = None
-    """Where the cosine ends, in steps; default: the end of the stream. Also where `then` begins,
-    which needs it with either kind."""
+    """Where the schedule ends, in steps; default: the end of the stream. Also where `then` begins,
+    which needs it with any kind."""
     then: tuple[ScheduleSegmentConfig, ...] = ()
     """What follows after total_steps; without it a longer stream stays at the last rate."""
 

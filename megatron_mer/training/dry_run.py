@@ -18,7 +18,8 @@ from megatron_mer.data.batches import rank_rows
 from megatron_mer.data.indexed_dataset import IndexedDataset
 from megatron_mer.data.tokenizers import Tokenizer
 from megatron_mer.errors import CheckpointError, ConfigError
-from megatron_mer.optim.schedule import horizon, lr_at
+from megatron_mer.optim.schedule import horizon
+from megatron_mer.training.learning_rate import lr_of
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.resume import changes, resumed
@@ -194,7 +195,7 @@ def _learning_rate(start: _Start, width: int) -> str:
     cells = [["learning rate", "batch", "rate"]]
     for batch, what in sorted(_moments(start).items()):
         step = state.updates + batch - state.batches
-        rate = lr_at(config.schedule, config.optimizer.lr, state.horizon, step)
+        rate = lr_of(config, start.prepared.plan, batch, step, state.horizon)
         cells.append([what, f"{batch:,}", f"{rate:.4g}"])
     return table(cells, width)
 

@@ -19,10 +19,10 @@ from megatron_mer.engine.training_engine import StepOutcome, TrainingEngine
 from megatron_mer.errors import RunStopped, TrainingError
 from megatron_mer.log import get_logger
 from megatron_mer.model import Dimensions
-from megatron_mer.optim.schedule import lr_at
 from megatron_mer.training.bounds import bound_text, over_bound
 from megatron_mer.training.console import Progress
 from megatron_mer.training.evaluation import Evaluator
+from megatron_mer.training.learning_rate import lr_of
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.resume import settings
@@ -115,9 +115,7 @@ class Trainer:
 
     def _step(self, batch: int, loader: TrainLoader | None, progress: Progress) -> None:
         begin = time.perf_counter()
-        lr = lr_at(
-            self.config.schedule, self.config.optimizer.lr, self.state.horizon, self.state.updates
-        )
+        lr = lr_of(self.config, self.plan, batch, self.state.updates, self.state.horizon)
         data = next(loader) if loader else None
         waited = time.perf_counter() - begin
         outcome = self.engine.train_step(data, lr, (waited, self._usage.memory_gib()))

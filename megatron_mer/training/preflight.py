@@ -17,6 +17,7 @@ from megatron_mer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mer.errors import ConfigError, DataError, Problem
 from megatron_mer.log import get_logger
 from megatron_mer.optim.schedule import check_schedule
+from megatron_mer.training.learning_rate import check_tasks
 from megatron_mer.training.outputs import RunDirectory
 
 logger = get_logger(__name__)
@@ -99,7 +100,10 @@ def _plan(config: RunConfig, training: Mapping[str, IndexedDataset], started: bo
         },
     )
     plan = Plan(spec, allow_exhausted=started)
-    check_schedule(config.schedule, config.optimizer.lr, plan.total_batches)
+    if config.schedule.per_task:
+        check_tasks(config, plan)
+    else:
+        check_schedule(config.schedule, config.optimizer.lr, plan.total_batches)
     return plan
 
 

@@ -12,7 +12,7 @@ from megatron_mer.continual.history import KINDS, Difference, differences
 from megatron_mer.continual.plan import Plan
 from megatron_mer.data.indexed_dataset import IndexedDataset
 from megatron_mer.errors import ConfigError, DataError, Problem
-from megatron_mer.optim.schedule import horizon, horizon_problems
+from megatron_mer.optim.extension import horizon_on_resume, horizon_problems
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.run_state import RunState
 
@@ -85,7 +85,9 @@ def resumed(
     if problems:
         raise ConfigError(problems)
     # A constant may be given an end in mid-run; a cosine's is the same number.
-    state.horizon = horizon(prepared.config.schedule, state.horizon)
+    state.horizon = horizon_on_resume(
+        prepared.config.schedule, state.horizon, state.updates, prepared.plan.total_batches
+    )
     return prepared, state
 
 

@@ -76,7 +76,7 @@ def test_ranges_and_defaults_are_told() -> None:
     text = describe()
     assert "--reptile.epsilon: a number >= 0 and <= 1 (required)" in text
     assert "--parallel.tp_size: a whole number >= 1 (default: 1)" in text
-    assert "--schedule.kind: cosine | constant (default: cosine)" in text
+    assert "--schedule.kind: cosine | wsd | infinite | constant (default: cosine)" in text
     assert "--schedule.then: a list (default: [])" in text
     assert "--schedule.then.N.lr: a number > 0 (required)" in text
     assert "--replay.weights: a section {name: a number >= 0} or null\n" in text

@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_mer.config import ScheduleConfig, ScheduleSegmentConfig, load_config
 from megatron_mer.errors import ConfigError
-from megatron_mer.optim.schedule import (
-    check_schedule,
-    end_of_schedule,
-    horizon,
-    horizon_problems,
-    lr_at,
-)
+from megatron_mer.optim.extension import horizon_problems
+from megatron_mer.optim.schedule import check_schedule, end_of_schedule, horizon, lr_at
 
 COSINE = ScheduleConfig(kind="cosine", warmup_steps=4, min_lr=0.2)
 
