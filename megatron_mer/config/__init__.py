@@ -20,6 +20,8 @@ from megatron_mer.config.schema import (
     ScheduleConfig,
     ScheduleSegmentConfig,
     TaskConfig,
+    TensorboardConfig,
+    WandbConfig,
 )
 from megatron_mer.config.sizes import SIZES, model_of_size
 
@@ -40,6 +42,8 @@ __all__ = [
     "ScheduleConfig",
     "ScheduleSegmentConfig",
     "TaskConfig",
+    "TensorboardConfig",
+    "WandbConfig",
     "check_layout",
     "check_segments",
     "describe",

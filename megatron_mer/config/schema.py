@@ -337,6 +337,30 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases: gets metrics, name and configuration, nothing of machine or environment."""
+
+    project: Text
+    """Project there."""
+    entity: Text | None = None
+    """User or team; default: the account's own."""
+    group: Text | None = None
+    """Group of runs, such as the seeds of one setting."""
+    tags: tuple[Text, ...] = ()
+    """Tags of the run."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: into output_dir/wandb without a network, for `wandb sync` later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorboardConfig:
+    """TensorBoard's event files, from rank 0."""
+
+    dir: Text | None = None
+    """Folder of the event files; default: output_dir/tensorboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run."""
 
@@ -362,6 +386,10 @@ class RunConfig:
     evaluate: EvaluateConfig | None = None
     """Leave out: the held-out sets are read whole, before the first step and at each task's end."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    wandb: WandbConfig | None = None
+    """Leave out: nothing goes to Weights & Biases."""
+    tensorboard: TensorboardConfig | None = None
+    """Leave out: no event files."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output_dir: Text
     """Folder of all that the run leaves behind; a relative one starts at the working directory."""

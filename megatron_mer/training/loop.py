@@ -29,6 +29,7 @@ from megatron_mer.training.resume import settings
 from megatron_mer.training.run_state import RunState
 from megatron_mer.training.sources import SourceLosses
 from megatron_mer.training.summary import show_results, write_results
+from megatron_mer.training.trackers import Trackers
 from megatron_mer.training.usage import Usage
 
 # After so many batches in a row without a finite gradient the weights are beyond mending.
@@ -54,6 +55,7 @@ class Trainer:
         outputs: the run's directory.
         rank: this rank.
         world_size: number of ranks.
+        trackers: metric services, caught up with the files; None: there are none.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Trainer:
         outputs: RunDirectory,
         rank: int,
         world_size: int,
+        trackers: Trackers | None = None,
     ) -> None:
         self.config = prepared.config
         self.plan = prepared.plan
@@ -74,6 +77,7 @@ class Trainer:
         self.outputs = outputs
         self.rank = rank
         self.world_size = world_size
+        self.trackers = trackers or Trackers()
         self.evaluator = Evaluator(prepared.valid, engine, prepared.config.batch.micro_batch_size)
         self._sources = SourceLosses(prepared.plan)
         self._usage = Usage(prepared.config, world_size, device())
@@ -126,6 +130,7 @@ class Trainer:
         if data is not None and data.rows is not None:
             line = self._metrics(batch, entry, lr, outcome, data.rows, update, seconds)
             self.outputs.append_metrics(line)
+            self.trackers.metrics(line)
             self._show(entry, line, progress)
         self._after(batch, entry, outcome)
 
@@ -263,7 +268,9 @@ class Trainer:
             }
             if anchor is not None:
                 line["losses_anchor"] = {name: _finite(loss) for name, loss in anchor.items()}
-            self.outputs.append_evaluation({**line, "seconds": round(seconds, 3)})
+            line["seconds"] = round(seconds, 3)
+            self.outputs.append_evaluation(line)
+            self.trackers.evaluation(line)
             self._show_evaluation(entry, losses)
         return self._over_bound()
 
@@ -308,6 +315,7 @@ class Trainer:
             return
         if self.rank == 0:
             self.outputs.sync()
+            self.trackers.flush()
         save_checkpoint(
             self.outputs.checkpoints,
             step=self.state.updates,
@@ -332,7 +340,7 @@ class Trainer:
         """Write summary, ledger and picture; say that the run is done."""
         self.save()
         if self.rank == 0:
-            write_results(self.outputs, self._prepared, self.state)
+            self.trackers.finish(write_results(self.outputs, self._prepared, self.state))
             show_results(self.outputs)
         dist.barrier()
         if self.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -9,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -189,6 +190,15 @@ class RunDirectory:
             if path.exists():
                 with path.open("a", encoding="utf-8") as file:
                     os.fsync(file.fileno())
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of all batches so far, read as they are asked for; a torn one is left out."""
+        if not self._metrics.exists():
+            return
+        with self._metrics.open(encoding="utf-8") as file:
+            for text in file:
+                with contextlib.suppress(ValueError):
+                    yield json.loads(text)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far, oldest first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TypeVar
 
 from megatron_mer.config import RunConfig, check_layout, resolve_vocab
@@ -61,6 +62,7 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
         )
         config = resolved or config
     problems += check_layout(config, world_size)
+    problems += missing_trackers(config)
     training = dict(_open_training(config, tokenizer, problems))
     valid = dict(_open_valid(config, tokenizer, problems))
     _warn_of_copies(training)
@@ -73,6 +75,15 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
     if problems or tokenizer is None or plan is None:
         raise ConfigError(problems)
     return Prepared(config, tokenizer, training, valid, plan)
+
+
+def missing_trackers(config: RunConfig) -> Iterator[Problem]:
+    """Metric services that the configuration asks for and that are not installed."""
+    for name in ("wandb", "tensorboard"):
+        if getattr(config, name) is not None and find_spec(name) is None:
+            given = f"given, but the package {name} is not installed"
+            remedy = f"install it (`make venv-trackers`, or `pip install {name}`), or leave it out"
+            yield Problem(name, given, remedy=remedy)
 
 
 def _warn_of_copies(training: Mapping[str, IndexedDataset]) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import yaml
 
 from megatron_mer.checkpoint import CheckpointInfo, CheckpointReader, find_latest
-from megatron_mer.config import to_yaml
+from megatron_mer.config import RunConfig, to_yaml
 from megatron_mer.continual.reptile import Reptile
 from megatron_mer.engine.distributed import device, start_distributed
 from megatron_mer.engine.training_engine import TrainingEngine
-from megatron_mer.errors import CheckpointError, ConfigError, MegatronMerError, RunStopped
+from megatron_mer.errors import CheckpointError, ConfigError, MegatronMerError, Problem, RunStopped
 from megatron_mer.log import get_logger, setup_logging
 from megatron_mer.optim.schedule import end_of_schedule, horizon, lr_at
 from megatron_mer.parallel import Layout
@@ -24,6 +25,7 @@ from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.resume import changes, resumed
 from megatron_mer.training.run_state import RunState
 from megatron_mer.training.summary import show_results, write_results
+from megatron_mer.training.trackers import Tracker, Trackers
 
 logger = get_logger(__name__)
 
@@ -164,7 +166,53 @@ def _train(
     dist.barrier()
     if rank == 0:
         _record_start(prepared, outputs, info, state, world_size, accept)
-    Trainer(prepared, engine, reptile, state, outputs, rank, world_size).run()
+    trackers = _trackers(prepared.config, outputs, state, rank)
+    try:
+        Trainer(prepared, engine, reptile, state, outputs, rank, world_size, trackers).run()
+    finally:
+        trackers.finish()
+
+
+def _trackers(config: RunConfig, outputs: RunDirectory, state: RunState, rank: int) -> Trackers:
+    """The metric services of rank 0, with all that the files hold. Collective.
+
+    Raises:
+        ConfigError: on every rank; one cannot be used as it is configured.
+    """
+    problem: MegatronMerError | None = None
+    trackers = Trackers()
+    if rank == 0:
+        try:
+            trackers = Trackers(_open_trackers(config, outputs, state))
+        except MegatronMerError as error:
+            problem = error
+    _raise_everywhere(problem)
+    trackers.catch_up(outputs.metrics(), outputs.evaluations())
+    return trackers
+
+
+def _open_trackers(config: RunConfig, outputs: RunDirectory, state: RunState) -> Iterator[Tracker]:
+    """Open what the configuration asks for; a service that does not answer is left out."""
+    # Each imports a package that a run without it need not have.
+    if config.tensorboard is not None:
+        from megatron_mer.training.tensorboard_tracker import TensorboardTracker
+
+        folder = Path(config.tensorboard.dir or outputs.root / "tensorboard")
+        try:
+            yield TensorboardTracker(folder, state.updates)
+        except OSError as error:
+            given = f"given {folder}, which cannot be written ({error.strerror})"
+            raise ConfigError([Problem("tensorboard.dir", given)]) from error
+    if config.wandb is not None:
+        from megatron_mer.training.wandb_tracker import WandbTracker
+
+        try:
+            settings = yaml.safe_load(to_yaml(config))
+            yield WandbTracker(config.wandb, outputs.root, config.name, settings)
+        except MegatronMerError:
+            raise
+        except Exception as error:  # noqa: BLE001 - no service may keep a run from training
+            logger.warning("wandb is left out: %s: %s", type(error).__name__, error)
 
 
 def _record_start(
