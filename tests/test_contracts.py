@@ -37,6 +37,7 @@ LIGHT_PROGRAMS = (
     "tools/plot_schedule.py",
     "tools/preprocess_data.py",
     "tools/train_tokenizer.py",
+    "tools/watch.py",
 )
 HEAVY = ("torch", "deepspeed", "transformers")
 

@@ -14,7 +14,7 @@ from megatron_mer.analysis.tail import MIB, LineTail, News, sample_lines
 
 WINDOW = 100  # batches that averages are over
 CURVE_POINTS = 512
-TREND_POINTS = 32
+TREND_POINTS = 16
 SAMPLES = 200  # lines read of the beginning of a metrics.jsonl that is too long to be read whole
 KEPT_WARNINGS = 5
 _METRICS_BYTES = 4 * MIB

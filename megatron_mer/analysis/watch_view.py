@@ -31,12 +31,13 @@ STATUS_STYLES = {
 }
 ALARM = "bold white on red"
 FAINT = "dim"
-_STATES = {"before": "before", "past": "past", "current": "now", "future": "to come"}
+_STATES = {"before": "before", "past": "past", "current": "now", "future": "later"}
 _NAME = 16  # columns of a set's name at most
 _CHART = (3, 12)  # lines of the chart at least and at most
 _UNBOUNDED_CHART = 8
 _WARNINGS = 2  # lines of warnings that have their place in any case
 _MATRIX = 4  # lines from which on the matrix is worth its place
+_DROPPABLE = ("start", "best", "task")  # columns left out where there is no room, first to last
 _TREND_WIDTH, _TREND = 88, 16  # columns from which on there is a trend, and what it takes
 
 
@@ -259,19 +260,16 @@ def _table(
         return []
     step = snapshot.evaluated.step if snapshot.evaluated else 0
     trend = width >= _TREND_WIDTH and not ascii_only
-    head = [f"held out, step {step:,}", "task", "start", "best", "now", "forgetting"]
-    rows = [
-        [
-            shortened(plain(one.name), max(_NAME, len(head[0]))),
-            _STATES[one.state] if one.state else DASH,
-            _loss(one.first),
-            _loss(one.best),
-            _loss(one.now),
-            DASH if one.forgetting is None else f"{one.forgetting:+.3f}",
-        ]
-        for one in sets
-    ]
-    lines = columns(head, rows, names=2)
+    heads = [f"held out, step {step:,}", "task", "start", "best", "now", "forgetting"]
+    rows = [_set_cells(one) for one in sets]
+    lines = columns(heads, rows, names=2)
+    for column in _DROPPABLE:
+        if cell_len("  ".join(lines[0])) <= width:
+            break
+        at = heads.index(column)
+        heads, rows = _without(heads, at), [_without(row, at) for row in rows]
+        heads[0] = "held out"
+        lines = columns(heads, rows, names=1 + ("task" in heads))
     found = [
         fit(Text("  ".join(lines[0]) + ("  over the run" if trend else ""), style=FAINT), width)
     ]
@@ -283,6 +281,21 @@ def _table(
             line.append("  " + spark(one.trend, _TREND), style="cyan")
         found.append(fit(line, width))
     return found
+
+
+def _set_cells(one: HeldOut) -> list[str]:
+    return [
+        shortened(plain(one.name), _NAME),
+        _STATES[one.state] if one.state else DASH,
+        _loss(one.first),
+        _loss(one.best),
+        _loss(one.now),
+        DASH if one.forgetting is None else f"{one.forgetting:+.3f}",
+    ]
+
+
+def _without(cells: Sequence[str], at: int) -> list[str]:
+    return [*cells[:at], *cells[at + 1 :]]
 
 
 def _forgetting_style(value: float | None, most: float | None) -> str:

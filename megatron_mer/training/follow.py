@@ -37,6 +37,7 @@ SLOW_STEPS = 10.0  # or so many times its slowest recent step,
 LONG_EVALUATIONS = 3.0  # or so many times its last evaluation,
 STARTING_SECONDS = 600.0  # and so long before its first step.
 _CHECKPOINT = re.compile(r"step_(\d+)")
+_UNFINISHED = re.compile(r"step_\d+\.tmp")
 _NOW = "\0now"  # stands for the task of a row that is no end of an entry; no task is called so
 
 
@@ -157,11 +158,16 @@ class RunFollower:
             SLOW_STEPS * self._steps.slowest_step(),
             LONG_EVALUATIONS * evaluation,
         )
+        # The status is written at the start, before the first step, and at each checkpoint.
         started = self._age(self.root / "status.json") or 0.0
-        if quiet is not None and quiet > patience:
-            alarms.append(f"no step for {duration(quiet)}")
-        elif quiet is None and started > STARTING_SECONDS:
-            alarms.append(f"no step yet, {duration(started)} after the start")
+        if quiet is None or started < quiet:
+            patience = max(patience, STARTING_SECONDS)
+        if (started if quiet is None else min(quiet, started)) > patience:
+            saving = "; a checkpoint is being written" if self._is_saving() else ""
+            if quiet is None:
+                alarms.append(f"no step yet, {duration(started)} after the start{saving}")
+            else:
+                alarms.append(f"no step for {duration(quiet)}{saving}")
         if count := self._steps.without_update:
             what = "batch" if count == 1 else f"{count} batches in a row"
             alarms.append(f"the last {what} gave no update: loss or gradient not finite")
@@ -192,16 +198,22 @@ class RunFollower:
 
     def _checkpoint(self) -> CheckpointState | None:
         """The newest checkpoint that is whole: one that is being written has another name."""
-        folder = self.root / "checkpoints"
-        try:
-            found = [match for name in os.listdir(folder) if (match := _CHECKPOINT.fullmatch(name))]
-        except OSError:
-            return None
+        names = self._checkpoint_names()
+        found = [match for name in names if (match := _CHECKPOINT.fullmatch(name))]
         if not found:
             return None
         newest = max(found, key=lambda match: int(match[1]))
-        age = self._age(folder / newest[0] / "manifest.json")
+        age = self._age(self.root / "checkpoints" / newest[0] / "manifest.json")
         return None if age is None else CheckpointState(int(newest[1]), age)
+
+    def _is_saving(self) -> bool:
+        return any(_UNFINISHED.fullmatch(name) for name in self._checkpoint_names())
+
+    def _checkpoint_names(self) -> list[str]:
+        try:
+            return os.listdir(self.root / "checkpoints")
+        except OSError:
+            return []
 
 
 class _Scores:
