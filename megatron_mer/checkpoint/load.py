@@ -21,6 +21,7 @@ from megatron_mer.checkpoint.layout import (
     Fragment,
     parse_step,
     rank_name,
+    slice_numel,
     step_directories,
 )
 from megatron_mer.errors import CheckpointError
@@ -175,6 +176,32 @@ class CheckpointReader:
     def contains(self, kind: str, name: str) -> bool:
         """Whether any piece of a parameter's quantity was saved."""
         return any(True for _ in self._pieces(f"{kind}/{name}"))
+
+    def parameter(self, kind: str, name: str) -> torch.Tensor:
+        """A whole parameter's quantity, put together from all slices of any layout.
+
+        Args:
+            kind: One of `KINDS`.
+            name: Canonical parameter name.
+
+        Returns:
+            Of the parameter's global shape, fp32, on the CPU.
+
+        Raises:
+            CheckpointError: It was not saved, or not whole, or cannot be read.
+        """
+        piece = next(self._pieces(f"{kind}/{name}"), None)
+        if piece is None:
+            raise CheckpointError(f"{self._path} has no {kind} of {name}")
+        shape, dim = list(piece.global_shape), piece.tp_dim
+        if dim is not None:
+            shape[dim] //= piece.tp_size
+        slices = []
+        for rank in range(1 if dim is None else piece.tp_size):
+            flat = torch.empty(slice_numel(piece.global_shape, dim, piece.tp_size))
+            self.fill(Fragment(name, kind, piece.global_shape, dim, rank, piece.tp_size, 0, flat))
+            slices.append(flat.view(shape))
+        return slices[0] if dim is None else torch.cat(slices, dim)
 
     def fill(self, fragment: Fragment) -> None:
         """Copy the stored elements into `fragment.tensor`.
