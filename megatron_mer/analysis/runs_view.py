@@ -98,9 +98,9 @@ def _lines(
             break
     found = [fit(Text(_GAP.join(lines[0]), style=FAINT), width)]
     for one, line in zip(snapshots, lines[1:], strict=True):
-        text = Text(line[0] + _GAP, style="bold")
-        text.append(line[1], style=STATUS_STYLES.get(one.status, "not bold"))
-        text.append(_GAP + _GAP.join(line[2:]), style="not bold")
+        text = Text().append(line[0] + _GAP, style="bold")
+        text.append(line[1], style=STATUS_STYLES.get(one.status))
+        text.append(_GAP + _GAP.join(line[2:]))
         found.append(fit(text, width))
         if said := _said(one):
             found.append(fit(Text("  ").append(f" {plain(said)} ", style=ALARM), width))

@@ -59,9 +59,9 @@ def flow(fields: Sequence[Text], width: int) -> list[Text]:
 def ends(left: Text, right: Text, width: int) -> Text:
     """One text at the left end of a line, another at its right end if there is room."""
     space = width - left.cell_len - right.cell_len
-    if space < GAP:
+    if not right or space < GAP:
         return fit(left, width)
-    return left.copy().append(" " * space).append_text(right)
+    return Text().append_text(left).append(" " * space).append_text(right)
 
 
 def clock(seconds: float) -> str:

@@ -35,6 +35,7 @@ _STATES = {"before": "before", "past": "past", "current": "now", "future": "late
 _NAME = 16  # columns of a set's name at most
 _CHART = (3, 12)  # lines of the chart at least and at most
 _UNBOUNDED_CHART = 8
+_TABLE = 8  # lines of the table that the chart gives way to
 _WARNINGS = 2  # lines of warnings that have their place in any case
 _MATRIX = 4  # lines from which on the matrix is worth its place
 _DROPPABLE = ("start", "best", "task")  # columns left out where there is no room, first to last
@@ -66,7 +67,7 @@ def full_view(
     said = warnings[-min(_WARNINGS, max(0, room)) :] if room > 0 else []
     room -= len(said)
     least = _CHART[0] + 1 if snapshot.curve and not ascii_only else 0
-    table = _cut_table(snapshot, table, width, max(room - least, min(room, 3)), ascii_only)
+    table = _cut_table(snapshot, table, width, max(room - least, min(room, _TABLE)), ascii_only)
     room -= len(table)
     matrix = _matrix(snapshot, width, room - least)
     if len(matrix) < _MATRIX:
@@ -109,7 +110,7 @@ def _head(snapshot: Snapshot, width: int, ascii_only: bool) -> list[Text]:
 
 
 def _title(snapshot: Snapshot, width: int) -> Text:
-    left = Text(plain(snapshot.name), style="bold")
+    left = Text().append(plain(snapshot.name), style="bold")
     left.append("  ").append(f"{snapshot.status}", style=STATUS_STYLES.get(snapshot.status, "bold"))
     current = next((span for span in snapshot.tasks if span.state == "current"), None)
     if current is not None:
@@ -140,12 +141,14 @@ def _bar(snapshot: Snapshot, total: int, width: int, ascii_only: bool) -> list[T
     spans = [span for span in snapshot.tasks if span.state != "before"]
     starts = [round(span.first_batch / total * width) for span in spans]
     full, empty, full_divide, divide = "#-||" if ascii_only else "━─╋┼"
-    reached = snapshot.batches / total * width
-    bar = Text()
-    for column in range(width):
-        done, border = column + 1 <= reached, column and column in starts
-        char = (full_divide if border else full) if done else divide if border else empty
-        bar.append(char, style="green" if done else FAINT)
+    reached = int(snapshot.batches / total * width)
+    chars = [
+        (full_divide if border else full) if column < reached else (divide if border else empty)
+        for column in range(width)
+        for border in [column > 0 and column in starts]
+    ]
+    bar = Text().append("".join(chars[:reached]), style="green")
+    bar.append("".join(chars[reached:]), style=FAINT)
     names = Text()
     rooms = [end - start for start, end in zip(starts, [*starts[1:], width], strict=True)]
     if all(cell_len(plain(s.task)) < room for s, room in zip(spans, rooms, strict=True)):
@@ -162,7 +165,7 @@ def _bar(snapshot: Snapshot, total: int, width: int, ascii_only: bool) -> list[T
 
 
 def _field(label: str, value: str, style: str = "") -> Text:
-    return Text(f"{label} ", style=FAINT).append(value, style=style or "not dim")
+    return Text().append(f"{label} ", style=FAINT).append(value, style=style or None)
 
 
 def _training(snapshot: Snapshot) -> list[Text]:
