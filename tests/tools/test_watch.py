@@ -182,14 +182,29 @@ class Terminal:
         return self.process.wait(timeout=30)
 
 
+@pytest.fixture
+def open_terminal():
+    """Starts the tool on a terminal; one that a failed test leaves behind is ended."""
+    opened: list[Terminal] = []
+
+    def start(*arguments: str, **environment: str) -> Terminal:
+        opened.append(Terminal(*arguments, **environment))
+        return opened[-1]
+
+    yield start
+    for terminal in opened:
+        terminal.process.kill()
+        terminal.process.wait(timeout=30)
+
+
 def clean_environment() -> dict[str, str]:
     left_out = ("COLUMNS", "LINES", "NO_COLOR", "TERM", "FORCE_COLOR", "LC_ALL")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
     return {**kept, "LANG": "C.UTF-8", "PYTHONUTF8": "1"}
 
 
-def test_a_terminal_follows_the_run_until_ctrl_c(folder):
-    terminal = Terminal(str(folder))
+def test_a_terminal_follows_the_run_until_ctrl_c(folder, open_terminal):
+    terminal = open_terminal(str(folder))
     terminal.wait_for("batch 8 of 20")
     terminal.wait_for("Ctrl-C ends")
     assert "\x1b[32m" in terminal.text or "\x1b[1;32m" in terminal.text
@@ -212,16 +227,16 @@ def test_a_terminal_follows_the_run_until_ctrl_c(folder):
     assert "batch 11 of 20" in after
 
 
-def test_a_terminal_waits_for_a_run_and_knows_no_color(tmp_path):
-    terminal = Terminal(str(tmp_path / "later"), NO_COLOR="1")
+def test_a_terminal_waits_for_a_run_and_knows_no_color(tmp_path, open_terminal):
+    terminal = open_terminal(str(tmp_path / "later"), NO_COLOR="1")
     terminal.wait_for("waiting for")
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", terminal.text)
     assert terminal.end() == 130
     assert "Traceback" not in terminal.text
 
 
-def test_a_dumb_terminal_gets_one_picture(folder):
-    terminal = Terminal(str(folder), TERM="dumb")
+def test_a_dumb_terminal_gets_one_picture(folder, open_terminal):
+    terminal = open_terminal(str(folder), TERM="dumb")
     terminal.wait_for("batch 8 of 20")
     assert terminal.process.wait(timeout=30) == 0
     assert "\x1b" not in terminal.text
