@@ -82,9 +82,9 @@ def lr_at(config: ScheduleConfig, peak_lr: float, total_steps: int, step: int) -
     2403.08763) falls to constant_lr first. The forms of decay: `optim.shapes.decayed`.
 
     A segment of `then` begins at the rate R at which what stands before it ended (`min_lr` of a
-    cosine, the peak of a constant): its update i has R + (lr - R) * i / warmup_steps, so that no
-    joint jumps, and update warmup_steps has lr. Without warm-up update 0 has lr. After the last
-    segment, or the first schedule if none follows, the rate stays at which it ended.
+    cosine, the peak of a constant): its update i has R + (lr - R) * (i + 1) / warmup_steps, as in
+    the first warm-up, so that no update is lost to a rate of 0. Without warm-up update 0 has lr.
+    After the last segment, or the first schedule if none follows, the rate stays at which it ended.
 
     Args:
         config: the schedule's section of the configuration.
@@ -139,7 +139,7 @@ def lr_in_task(
 def _rate(part: ScheduleSegmentConfig, before: float, step: int) -> float:
     """The rate of a part's update `step`; `before` is the one at which the part ahead ended."""
     if step < part.warmup_steps:
-        return before + (part.lr - before) * step / part.warmup_steps
+        return before + (part.lr - before) * (step + 1) / part.warmup_steps
     if part.kind == "constant" or part.steps is None:
         return part.lr
     share = min(1.0, (step - part.warmup_steps) / (part.steps - part.warmup_steps))
