@@ -144,6 +144,8 @@ class Terminal:
             stderr=slave,
             env={**clean_environment(), "TERM": "xterm-256color", **environment},
             start_new_session=True,
+            # What a background job of a shell starts ignores Ctrl-C; a terminal's program does not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(slave)
         self.data = b""
@@ -176,8 +178,9 @@ class Terminal:
     def end(self) -> int:
         """Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
+        end = time.monotonic() + 60
         while self.read():
-            pass
+            assert time.monotonic() < end, f"Ctrl-C did not end it: {self.text[-3000:]}"
         os.close(self.master)
         return self.process.wait(timeout=30)
 
