@@ -36,6 +36,7 @@ LIGHT_PROGRAMS = (
     "tools/merge_datasets.py",
     "tools/plot_schedule.py",
     "tools/preprocess_data.py",
+    "tools/report.py",
     "tools/train_tokenizer.py",
     "tools/watch.py",
 )

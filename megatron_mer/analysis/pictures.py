@@ -9,11 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from matplotlib import patheffects
+from matplotlib import patheffects, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from megatron_mer.analysis.fonts import font_families
 
 # Okabe and Ito's colours, told apart with any colour vision; the yellow, too pale for a line on
 # white, is left out. Beyond seven sets the line style changes.
@@ -45,7 +47,10 @@ def loss_picture(
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    loss_figure(evaluations, boundaries, title, set_tasks).savefig(target, format="png")
+    names = [name for line in evaluations for name in line["losses"]]
+    families = font_families({*names, *(task for _, task in boundaries), title})
+    with rc_context({"font.family": families, "text.parse_math": False}):
+        loss_figure(evaluations, boundaries, title, set_tasks).savefig(target, format="png")
 
 
 def loss_figure(
