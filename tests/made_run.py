@@ -120,7 +120,7 @@ def summary(
     whole = summary_dict(rows, sets, (), {
         "name": name, "steps": steps, "batches": steps, "skipped_batches": 0,
         "tokens": 64 * steps, "wall_seconds": 3725.4, "held_out": held_out,
-        "unigram_entropy": {task: 6.125 for task in tasks}, "anchor": matrix_dict(rows, sets),
+        "unigram_entropy": dict.fromkeys(tasks, 6.125), "anchor": matrix_dict(rows, sets),
     })  # fmt: skip
     whole["bits_per_byte"] = {
         measure: bits_per_byte(whole[measure]["sets"], held_out)

@@ -175,6 +175,8 @@ def _state_notes(run: RunRecord) -> list[str]:
             notes.append("no entry has ended: there are no measures yet")
     if not run.metrics:
         notes.append("no step was recorded: metrics.jsonl is missing or empty")
+    if run.set_tasks and not run.evaluations:
+        notes.append("no held-out loss was recorded: evaluations.jsonl is missing or empty")
     return notes
 
 
