@@ -31,12 +31,13 @@ from megatron_mer.analysis.alignment import Alignment
 from megatron_mer.analysis.matrix_picture import matrix_picture
 from megatron_mer.checkpoint import CheckpointInfo, CheckpointReader
 from megatron_mer.checkpoint.layout import step_directories
+from megatron_mer.command import run_tool
 from megatron_mer.config import RunConfig, load_config
 from megatron_mer.continual.plan import Plan
 from megatron_mer.continual.text_table import table
 from megatron_mer.data.indexed_dataset import IndexedDataset
 from megatron_mer.data.packing import RowReader, num_samples
-from megatron_mer.errors import CheckpointError, ConfigError, DataError, MegatronMerError, Problem
+from megatron_mer.errors import CheckpointError, ConfigError, DataError, Problem
 from megatron_mer.log import setup_logging
 from megatron_mer.training.gradients import (
     Measured,
@@ -66,17 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     own = _parse(arguments)
     setup_logging(0)
-    try:
-        run = open_run(own.run)
-        found = [look(run, path, own) for path in run.checkpoints]
-        _write(run, found, own)
-    except MegatronMerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool(lambda: _measure(own))
+
+
+def _measure(own: argparse.Namespace) -> None:
+    run = open_run(own.run)
+    found = [look(run, path, own) for path in run.checkpoints]
+    _write(run, found, own)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from typing import Any
 # A machine that only prepares corpora needs no installed package, no compiler and no torch.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_mer.command import run_tool
 from megatron_mer.data.document_lengths import (
     DocumentBounds,
     DocumentLengths,
@@ -383,15 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     options = parse_arguments(arguments)
     logging.getLogger("megatron_mer").setLevel(logging.ERROR)  # the table says what is missing
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    try:
-        return run(options)
-    except MegatronMerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return run_tool(lambda: run(options))
 
 
 if __name__ == "__main__":

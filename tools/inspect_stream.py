@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shutil
 import statistics
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 # A machine that only looks at runs needs no installed package and no torch.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_mer.command import run_tool
 from megatron_mer.config import RunConfig, load_config
 from megatron_mer.continual.plan import Plan
 from megatron_mer.continual.stream import plan_spec
@@ -38,7 +38,7 @@ from megatron_mer.data.batches import rank_rows
 from megatron_mer.data.indexed_dataset import IndexedDataset
 from megatron_mer.data.packing import num_samples
 from megatron_mer.data.tokenizers import load_tokenizer
-from megatron_mer.errors import ConfigError, DataError, MegatronMerError, Problem
+from megatron_mer.errors import ConfigError, DataError, Problem
 from megatron_mer.log import setup_logging
 from megatron_mer.training.dry_run import DOCUMENT_END, sample_texts
 from megatron_mer.training.outputs import RunDirectory
@@ -344,28 +344,21 @@ def show_ledger(source: Source, options: argparse.Namespace) -> int:
     return 0
 
 
+def inspect(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Show what was asked for; returns the exit code."""
+    show = show_steps if options.steps is not None else show_summary
+    show = show_ledger if options.ledger is not None else show
+    source = open_config(options.config, overrides) if options.config else open_run(options.run)
+    return show(source, options)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     options, overrides = parse_arguments(arguments)
     options.width = options.width or shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
     # What a dataset lacks to be trained on is the training script's to say, for each of thousands.
     setup_logging(rank=0, level=logging.ERROR)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    show = show_steps if options.steps is not None else show_summary
-    show = show_ledger if options.ledger is not None else show
-    try:
-        source = open_config(options.config, overrides) if options.config else open_run(options.run)
-        return show(source, options)
-    except MegatronMerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough; nothing must be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 130
+    return run_tool(lambda: inspect(options, overrides))
 
 
 if __name__ == "__main__":

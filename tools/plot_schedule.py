@@ -20,9 +20,10 @@ from typing import get_args, get_type_hints
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mer.analysis.schedule_picture import Span, schedule_picture, thinned
+from megatron_mer.command import run_tool
 from megatron_mer.config import RunConfig, ScheduleConfig, load_config
 from megatron_mer.continual.text_table import table
-from megatron_mer.errors import ConfigError, MegatronMerError, Problem
+from megatron_mer.errors import ConfigError, DataError, Problem
 from megatron_mer.optim.schedule import check_schedule, horizon, lr_at
 from megatron_mer.optim.shapes import Phases
 from megatron_mer.training.learning_rate import entry_span, lr_of
@@ -35,28 +36,24 @@ KINDS = get_args(get_type_hints(ScheduleConfig)["kind"])
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     own, options = _parse(arguments)
-    try:
-        if own.kinds:
-            if options:
-                remedy = "leave it out, or give --config"
-                raise ConfigError([Problem(options[0], "given with --kinds", remedy=remedy)])
-            if own.steps < 100 or own.lr <= 0:
-                given = f"--steps {own.steps} --lr {own.lr:g}"
-                raise ConfigError([Problem("--kinds", given, "at least 100 steps, a rate above 0")])
-            _kinds(own.steps, own.lr, Path(own.out or "schedules.png"), own.only)
-        elif own.config:
-            config = load_config(own.config, options)
-            _run(config, Path(own.out or f"{config.name}_schedule.png"))
-        else:
-            given = "neither --config nor --kinds"
-            raise ConfigError([Problem("plot_schedule.py", given, "one of them")])
-    except MegatronMerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: the picture cannot be written: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(lambda: _draw(own, options))
+
+
+def _draw(own: argparse.Namespace, options: list[str]) -> None:
+    if own.kinds:
+        if options:
+            remedy = "leave it out, or give --config"
+            raise ConfigError([Problem(options[0], "given with --kinds", remedy=remedy)])
+        if own.steps < 100 or own.lr <= 0:
+            given = f"--steps {own.steps} --lr {own.lr:g}"
+            raise ConfigError([Problem("--kinds", given, "at least 100 steps, a rate above 0")])
+        _kinds(own.steps, own.lr, Path(own.out or "schedules.png"), own.only)
+    elif own.config:
+        config = load_config(own.config, options)
+        _run(config, Path(own.out or f"{config.name}_schedule.png"))
+    else:
+        given = "neither --config nor --kinds"
+        raise ConfigError([Problem("plot_schedule.py", given, "one of them")])
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -147,7 +144,11 @@ def _write(
     title: str,
     cells: Sequence[Sequence[str]],
 ) -> None:
-    schedule_picture(curves, out, spans, title)
+    try:
+        schedule_picture(curves, out, spans, title)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{out}: the picture cannot be written: {reason}") from error
     print(table(cells, WIDTH, names=2))
     print(f"picture: {out}")
 

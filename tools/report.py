@@ -30,8 +30,9 @@ from megatron_mer.analysis.report.drawing import Chart, write_png
 from megatron_mer.analysis.report.page import render
 from megatron_mer.analysis.report.run_charts import run_charts, several_charts
 from megatron_mer.analysis.run_reader import RunRecord, read_run
+from megatron_mer.command import run_tool
 from megatron_mer.continual.forgetting import MatrixRow, matrix_dict
-from megatron_mer.errors import DataError, MegatronMerError, Problem
+from megatron_mer.errors import DataError, Problem
 from megatron_mer.log import setup_logging
 
 
@@ -146,26 +147,22 @@ def write(out: Path, report: dict[str, Any], charts: list[dict[str, Chart]]) -> 
         raise DataError(f"{out}: the report cannot be written there: {error.strerror}") from error
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool and return its exit code."""
-    options = parse_arguments(arguments)
-    setup_logging(rank=0, level=logging.WARNING)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        report, charts = build(options.runs)
-        out = out_directory(options)
-        write(out, report, charts)
-    except MegatronMerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+def make(options: argparse.Namespace) -> None:
+    """Make the report, and say where it is."""
+    report, charts = build(options.runs)
+    out = out_directory(options)
+    write(out, report, charts)
     for run in report["runs"]:
         for note in run["notes"]:
             print(f"note: {run['name']}: {note}", file=sys.stderr)
     print(out / "index.html")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    options = parse_arguments(arguments)
+    setup_logging(rank=0, level=logging.WARNING)
+    return run_tool(lambda: make(options))
 
 
 if __name__ == "__main__":

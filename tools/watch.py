@@ -33,13 +33,13 @@ from rich.text import Text
 from megatron_mer.analysis.runs_view import runs_view
 from megatron_mer.analysis.snapshot import Snapshot
 from megatron_mer.analysis.watch_view import full_view
-from megatron_mer.errors import ConfigError, MegatronMerError, Problem
+from megatron_mer.command import run_tool
+from megatron_mer.errors import ConfigError, Problem
 from megatron_mer.training.follow import RunFollower
 
 PLAIN_WIDTH = 100  # columns where there is no terminal and COLUMNS is not set
 NARROWEST = 20
 RESIZE_SECONDS = 0.25  # between two looks at the terminal's size
-INTERRUPTED = 130
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -120,7 +120,7 @@ def show_live(followers: Sequence[RunFollower], console: Console, interval: floa
                     time.sleep(min(RESIZE_SECONDS, interval))
                 snapshots = [follower.look() for follower in followers]
     finally:
-        with suppress(BrokenPipeError, OSError):
+        with suppress(OSError):
             console.print(draw(snapshots, console, console.height - 2))
 
 
@@ -134,30 +134,23 @@ def framed(snapshots: Sequence[Snapshot], console: Console, interval: float) -> 
     return picture.append(said[: console.width], style="dim")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool and return its exit code."""
-    options = parse_arguments(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+def show(options: argparse.Namespace) -> None:
+    """Show the runs once, or go on showing them where there is a terminal."""
     terminal = sys.stdout.isatty()
     width = None if terminal or "COLUMNS" in os.environ else PLAIN_WIDTH
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     followers = [RunFollower(run) for run in options.runs]
-    try:
-        if options.json or options.once or not terminal or console.is_dumb_terminal:
-            show_once(followers, console, options.json)
-        else:
-            show_live(followers, console, options.interval)
-        return 0
-    except MegatronMerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough; nothing must be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    if options.json or options.once or not terminal or console.is_dumb_terminal:
+        show_once(followers, console, options.json)
+    else:
+        show_live(followers, console, options.interval)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    options = parse_arguments(arguments)
+    # One character stands for one that is missing, or the columns would not line up.
+    return run_tool(lambda: show(options), errors="replace")
 
 
 if __name__ == "__main__":
