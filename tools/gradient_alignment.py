@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,8 +73,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(own: argparse.Namespace) -> None:
     run = open_run(own.run)
+    _check_device(own.device)
+    _check_out(Path(own.json).parent if own.json else run.root / "report")
     found = [look(run, path, own) for path in run.checkpoints]
     _write(run, found, own)
+
+
+def _check_device(name: str) -> None:
+    """Raises: ConfigError: there is no such device, or torch cannot use it."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # A build without CUDA asserts.
+        reason = str(error).splitlines()[0]
+        allowed = "cpu, or a device that torch sees"
+        raise ConfigError([Problem("--device", f"given {name} ({reason})", allowed)]) from error
+
+
+def _check_out(out: Path) -> None:
+    """Raises: ConfigError: nothing can be written there, said before minutes of measuring."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        given = f"{out} cannot be written"
+        raise ConfigError([Problem("--json", given, "a file in a folder of yours")])
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -139,8 +139,12 @@ def write(out: Path, report: dict[str, Any], charts: list[dict[str, Chart]]) -> 
         for name, text in files.items():
             # A browser may be looking: it sees the old page or the new one.
             temporary = out / f".{name}.tmp"
-            temporary.write_text(text, encoding="utf-8", errors="replace")
-            temporary.replace(out / name)
+            try:
+                temporary.write_text(text, encoding="utf-8", errors="replace")
+                temporary.replace(out / name)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
         for key, chart in charts[-1].items():
             write_png(chart, out / ("losses.png" if key == "held_out" else f"{key}.png"))
     except OSError as error:

@@ -75,7 +75,8 @@ def check_there(snapshots: Sequence[Snapshot]) -> None:
     problems = []
     for one in snapshots:
         if one.status == "absent":
-            given = f"given {one.directory}, which does not exist"
+            what = "is no directory" if Path(one.directory).exists() else "does not exist"
+            given = f"given {one.directory}, which {what}"
         elif one.status == "starting" and not one.tasks and not one.batches:
             given = f"given {one.directory}, which holds no run (no status.json)"
         else:
