@@ -22,7 +22,7 @@ from megatron_mer.optim.schedule import horizon
 from megatron_mer.training.learning_rate import lr_of
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
-from megatron_mer.training.resume import changes, resumed
+from megatron_mer.training.resume import changes, incomparable, resumed
 from megatron_mer.training.run_state import RunState
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ def _start(
         continued, state = resumed(prepared, saved, accept)
     except ConfigError as error:
         return _Start(prepared, RunState.from_json(saved), checkpoint, refusal=error)
-    return _Start(continued, state, checkpoint, tuple(changes(continued, saved, accept)))
+    said = (*changes(continued, saved, accept), *incomparable(continued, saved))
+    return _Start(continued, state, checkpoint, said)
 
 
 def _checkpoint(outputs: RunDirectory) -> CheckpointInfo | None:

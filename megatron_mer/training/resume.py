@@ -157,6 +157,19 @@ def changes(
     ]
 
 
+def incomparable(prepared: Prepared, saved: Mapping[str, Any]) -> list[str]:
+    """What the changes make of the measures, a warning each."""
+    was, now = saved["settings"]["evaluate"] or {}, settings(prepared)["evaluate"] or {}
+    keys = [key for key in ("max_batches", "max_samples") if was.get(key) != now.get(key)]
+    if not keys:
+        return []
+    names = " and ".join(f"evaluate.{key}" for key in keys)
+    return [
+        f"{names} changed: held-out losses from here on are of other samples than those before, so "
+        "that forgetting across the change does not compare"
+    ]
+
+
 def _fixed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     """What belongs to the weights: model, tokenizer, precision, loss, data, tensor slices."""
     for key, value in now["model"].items():

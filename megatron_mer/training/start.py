@@ -22,7 +22,7 @@ from megatron_mer.parallel import Layout
 from megatron_mer.training.loop import Trainer
 from megatron_mer.training.outputs import RunDirectory, Status
 from megatron_mer.training.preflight import Prepared
-from megatron_mer.training.resume import changes, resumed
+from megatron_mer.training.resume import changes, incomparable, resumed
 from megatron_mer.training.run_state import RunState
 from megatron_mer.training.summary import show_results, write_results
 from megatron_mer.training.trackers import Tracker, Trackers
@@ -245,6 +245,8 @@ def _record_start(
         logger.info("resuming after batch %d (step %d)", state.batches, state.updates)
         for line in changes(prepared, info.run_state, accept):
             logger.info("%s", line)
+        for line in incomparable(prepared, info.run_state):
+            logger.warning("%s", line)
 
 
 def _end(prepared: Prepared, outputs: RunDirectory, state: RunState, rank: int) -> None:

@@ -161,10 +161,12 @@ def test_a_resume_that_would_change_what_was_trained_leaves_the_run_as_it_was(ti
         assert words in printed, f"{option}: {words!r} is not in:\n{printed}"
         assert "Traceback" not in printed
         assert files_of(tiny.folder / "run") == before, option
-    tiny.train(config, "--optimizer.lr=2e-3", "--reptile.epsilon=0.7")
+    options = ("--optimizer.lr=2e-3", "--reptile.epsilon=0.7", "--evaluate.max_samples=3")
+    tiny.train(config, *options)
     log = (tiny.folder / "run" / "train.log").read_text()
     assert "optimizer.lr was 0.001, is 0.002 from here on" in log
     assert "reptile.epsilon was 0.5, is 0.7 from here on" in log
+    assert "WARNING evaluate.max_samples changed: held-out losses from here on" in log
 
 
 @pytest.mark.dist

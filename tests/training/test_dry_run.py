@@ -210,9 +210,10 @@ def test_learning_rates_of_a_resumed_run_count_updates(tiny, start):
 
 def test_a_stopped_run_would_resume_with_its_next_batch(tiny, stopped, start):
     before = files(tiny.folder)
-    code, said, _ = start(stopped, "--optimizer.lr=2e-3")
+    code, said, _ = start(stopped, "--optimizer.lr=2e-3", "--evaluate.max_batches=1")
     assert code == 0
     said = " ".join(said.split())
+    assert "evaluate.max_batches changed: held-out losses from here on are of other" in said
     assert "it would resume after batch 10 from " in said
     assert "optimizer.lr was 0.001, is 0.002 from here on" in said
     assert "Batch 10, the first to train" in said
