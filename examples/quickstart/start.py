@@ -76,7 +76,7 @@ def _report(code: int) -> int:
         status = {}
     if status.get("status") == "done" and code == 0:
         files = ", ".join(str(OUTPUT / name) for name in ("summary.json", "report/losses.png"))
-        print(f"   results: {files}")
+        print(f"   results: {files}; a page of all of it: python tools/report.py {OUTPUT}")
         return 0
     print(
         f"The run has not finished: exit code {code}, status.json: {status or 'missing'}.\n"
