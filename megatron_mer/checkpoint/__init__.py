@@ -1,4 +1,4 @@
-"""Checkpoints: no pickle, any pipeline and data-parallel layout on load, whole at any moment."""
+"""Checkpoints: no pickle, any layout on load, whole at any moment."""
 
 from megatron_mer.checkpoint.layout import Fragment
 from megatron_mer.checkpoint.load import CheckpointInfo, CheckpointReader, find_latest

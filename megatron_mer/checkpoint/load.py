@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from megatron_mer.checkpoint.layout import (
     Fragment,
     parse_step,
     rank_name,
-    slice_numel,
     step_directories,
 )
 from megatron_mer.errors import CheckpointError
@@ -32,6 +32,7 @@ logger = get_logger(__name__)
 Range = tuple[int, int]
 
 _SHOWN_PROBLEMS = 8
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,9 @@ class _Stored:
 class CheckpointReader:
     """Fills fragments from a checkpoint.
 
-    A fragment's range is put together from every stored piece that overlaps it, so the pipeline and
-    data-parallel layout may differ from the one that wrote. Indices and tensors are read when they
-    are needed: with an unchanged layout a rank opens its own two files only.
+    A fragment's range is put together from every stored piece that overlaps it, so the layout
+    (tensor, pipeline, data) may differ from the one that wrote. Indices and tensors are read when
+    they are needed: with an unchanged layout a rank opens its own two files only.
     """
 
     def __init__(self, path: str | os.PathLike[str], rank: int = 0, verified: bool = False) -> None:
@@ -185,7 +186,7 @@ class CheckpointReader:
             name: Canonical parameter name.
 
         Returns:
-            Of the parameter's global shape, fp32, on the CPU.
+            Of the parameter's global shape, in the stored dtype, on the CPU.
 
         Raises:
             CheckpointError: It was not saved, or not whole, or cannot be read.
@@ -193,30 +194,79 @@ class CheckpointReader:
         piece = next(self._pieces(f"{kind}/{name}"), None)
         if piece is None:
             raise CheckpointError(f"{self._path} has no {kind} of {name}")
-        shape, dim = list(piece.global_shape), piece.tp_dim
-        if dim is not None:
-            shape[dim] //= piece.tp_size
-        slices = []
-        for rank in range(1 if dim is None else piece.tp_size):
-            flat = torch.empty(slice_numel(piece.global_shape, dim, piece.tp_size))
-            self.fill(Fragment(name, kind, piece.global_shape, dim, rank, piece.tp_size, 0, flat))
-            slices.append(flat.view(shape))
-        return slices[0] if dim is None else torch.cat(slices, dim)
+        shape = piece.global_shape
+        flat = torch.empty(math.prod(shape), dtype=_DTYPES[piece.dtype])
+        self.fill(Fragment(name, kind, shape, piece.tp_dim, 0, 1, 0, flat))
+        return flat.view(shape)
 
     def fill(self, fragment: Fragment) -> None:
         """Copy the stored elements into `fragment.tensor`.
 
         Raises:
-            CheckpointError: another tp_size, global shape, tp_dim or dtype was saved (both are
-                printed); elements are missing (parameter, kind and range are printed); a file
-                cannot be read.
+            CheckpointError: another global shape, tp_dim or dtype was saved (both are printed);
+                elements are missing (parameter, kind and range are printed); a file cannot be read.
         """
         if fragment.numel == 0:
             return
+        piece = next(self._pieces(fragment.key), None)
+        if piece is not None and piece.tp_size != fragment.tp_size:
+            _check_same(self._path, fragment, piece)
+            # What one rank holds whole carries no dim, though more ranks would cut it.
+            dim = piece.tp_dim if fragment.tp_dim is None else fragment.tp_dim
+            if dim is not None:
+                self._fill_recut(replace(fragment, tp_dim=dim), dim, piece.tp_size)
+                return
+        self._fill_same_cut(fragment)
+
+    def _fill_recut(self, fragment: Fragment, dim: int, saved_size: int) -> None:
+        """Fill a fragment of one tensor-parallel cut from slices of another.
+
+        Only the rows (places in the first dim) that the fragment lies in are read, so beside it
+        there is never more in memory than one parameter.
+        """
+        mine = _slice_shape(fragment.global_shape, dim, fragment.tp_size)
+        row = math.prod(mine[1:])
+        first, last = fragment.start // row, -(-fragment.stop // row)
+        band = torch.empty((last - first, *mine[1:]), dtype=fragment.tensor.dtype)
+        theirs = _slice_shape(fragment.global_shape, dim, saved_size)
+        # What is wanted of the whole parameter's dim, and where the band begins in it.
+        begin = fragment.tp_rank * mine[dim] + (first if dim == 0 else 0)
+        end = begin + band.shape[dim]
+        for rank in range(begin // theirs[dim], -(-end // theirs[dim])):
+            base = rank * theirs[dim]
+            low, high = max(begin, base), min(end, base + theirs[dim])
+            rows = (low - base, high - base) if dim == 0 else (first, last)
+            part = self._rows(fragment, rank, saved_size, theirs, rows)
+            if dim != 0:
+                part = part.narrow(dim, low - base, high - low)
+            band.narrow(dim, low - begin, high - low).copy_(part)
+        start = fragment.start - first * row
+        with torch.no_grad():
+            fragment.tensor.copy_(band.view(-1)[start : start + fragment.numel])
+
+    def _rows(
+        self,
+        fragment: Fragment,
+        rank: int,
+        size: int,
+        shape: tuple[int, ...],
+        rows: Range,
+    ) -> torch.Tensor:
+        """Some rows of the slice of this shape that tensor-parallel rank `rank` of `size` saved."""
+        row = math.prod(shape[1:])
+        flat = torch.empty((rows[1] - rows[0]) * row, dtype=fragment.tensor.dtype)
+        cut = (fragment.tp_dim, rank, size, rows[0] * row)
+        self._fill_same_cut(
+            Fragment(fragment.name, fragment.kind, fragment.global_shape, *cut, flat)
+        )
+        return flat.view(rows[1] - rows[0], *shape[1:])
+
+    def _fill_same_cut(self, fragment: Fragment) -> None:
         gaps = [(fragment.start, fragment.stop)]
         for piece in self._pieces(fragment.key):
             _check_same(self._path, fragment, piece)
-            if fragment.tp_dim is None or piece.tp_rank == fragment.tp_rank:
+            cut = (piece.tp_rank, piece.tp_size)
+            if fragment.tp_dim is None or cut == (fragment.tp_rank, fragment.tp_size):
                 gaps = self._copy(fragment, piece, gaps)
             if not gaps:
                 break
@@ -307,12 +357,17 @@ def _stored(rank: int, entry: dict[str, Any]) -> _Stored:
     )
 
 
+def _slice_shape(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    """Shape of one of `size` equal slices along a dim."""
+    return (*shape[:dim], shape[dim] // size, *shape[dim + 1 :])
+
+
 def _check_same(path: Path, fragment: Fragment, piece: _Stored) -> None:
-    """A copy is only right between equal cuts of equal parameters."""
+    """A copy is only right between equal parameters, cut along the same dim."""
+    cut = piece.tp_size > 1 and fragment.tp_size > 1
     pairs = {
         "global shape": (piece.global_shape, fragment.global_shape),
-        "tp_size": (piece.tp_size, fragment.tp_size),
-        "tp_dim": (piece.tp_dim, fragment.tp_dim),
+        "tp_dim": (piece.tp_dim, fragment.tp_dim) if cut else (None, None),
         "dtype": (piece.dtype, DTYPE_NAMES[fragment.tensor.dtype]),
     }
     for what, (saved, wanted) in pairs.items():

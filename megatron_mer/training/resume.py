@@ -145,8 +145,10 @@ def changes(
     found = differences(saved["history"], prepared.plan.spec, int(saved["batches"]))
     unused = sorted(set(accept) - {one.accept for one in found})
     was, now = saved["settings"], settings(prepared)
+    cut = (was["tp_size"], now["tp_size"])
     return [
         *(f"accepted, {one}" for one in found),
+        *([f"parallel.tp_size was {cut[0]}, is {cut[1]} from here on"] if cut[0] != cut[1] else []),
         *(f"--accept {kind}: nothing of the kind changed" for kind in unused),
         *(
             f"{section}.{key} was {(was[section] or {}).get(key)}, is {value} from here on"
@@ -171,7 +173,7 @@ def incomparable(prepared: Prepared, saved: Mapping[str, Any]) -> list[str]:
 
 
 def _fixed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """What belongs to the weights: model, tokenizer, precision, loss, data, tensor slices."""
+    """What belongs to the weights: model, tokenizer, precision, loss, data."""
     for key, value in now["model"].items():
         # The plan's comparison names another seq_length.
         if key not in ("size", "seq_length") and was["model"].get(key) != value:
@@ -189,10 +191,6 @@ def _fixed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     if was["eod_mask_loss"] != now["eod_mask_loss"]:
         given = f"given {now['eod_mask_loss']}, but the run began with {was['eod_mask_loss']}"
         yield Problem("batch.eod_mask_loss", given, remedy=_REMEDY)
-    if was["tp_size"] != now["tp_size"]:
-        given = f"given {now['tp_size']}, but the checkpoint is cut for {was['tp_size']}"
-        remedy = "resume with the same; pp_size and the number of data-parallel ranks may change"
-        yield Problem("parallel.tp_size", given, str(was["tp_size"]), remedy)
 
 
 def _content(saved: Mapping[str, Any], prepared: Prepared) -> Iterator[Problem]:
