@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +25,55 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, chunks: Iterator[bytes | memoryview]) -> None:
+_CHUNK = 1 << 20  # bytes read at once
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the manifest says of a file."""
+
+    bytes: int
+    """Size."""
+    sha256: str
+    """Checksum of the content, hexadecimal, as `sha256sum` prints it."""
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_bytes(path: Path, chunks: Iterator[bytes | memoryview]) -> FileFacts:
     """Write the chunks to a new file and flush it to the disk.
+
+    Returns:
+        Size and checksum of what was meant to be written.
 
     Raises:
         OSError: the disk is full, or the like.
     """
+    digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
         for chunk in chunks:
             file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
         file.flush()
         os.fsync(file.fileno())
+    return FileFacts(size, digest.hexdigest())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> FileFacts:
     """Write a value as JSON and flush it to the disk; NaN and infinity, no JSON, are refused."""
-    write_bytes(path, iter([json.dumps(value, indent=1, allow_nan=False).encode()]))
+    return write_bytes(path, iter([json.dumps(value, indent=1, allow_nan=False).encode()]))
 
 
 def replace_text(path: Path, text: str) -> None:

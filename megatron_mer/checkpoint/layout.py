@@ -4,9 +4,9 @@
 checkpoints/
     latest                      the name of the newest checkpoint, one line
     step_000000300/
-        manifest.json           format, step, world size, every other file with its size in bytes
+        manifest.json           format, step, world size, size and SHA-256 of every other file
         run_state.json          whatever the caller wants back: counters, plan history, layout
-        rank_00000.json         index: one entry a fragment that rank 0 owned
+        rank_00000.json         index: one entry a fragment of rank 0; checksum of the next file
         rank_00000.safetensors  the fragments' numbers, keys "kind/name"
         ...
 ```
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LATEST = "latest"
 MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"

@@ -1,4 +1,4 @@
-"""Find the newest whole checkpoint and fill fragments from it, whatever layout wrote it."""
+"""Fill fragments from a checkpoint, whatever layout wrote it."""
 
 from __future__ import annotations
 
@@ -13,120 +13,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_mer.checkpoint.find import broken
 from megatron_mer.checkpoint.layout import (
     DTYPE_NAMES,
-    FORMAT_VERSION,
-    LATEST,
     MANIFEST,
-    RUN_STATE,
     Fragment,
-    parse_step,
     rank_name,
-    step_directories,
 )
 from megatron_mer.errors import CheckpointError
-from megatron_mer.log import get_logger
-
-logger = get_logger(__name__)
 
 Range = tuple[int, int]
 
 _SHOWN_PROBLEMS = 8
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """A whole checkpoint."""
-
-    step: int
-    """Applied optimizer updates."""
-    path: Path
-    """Its directory."""
-    run_state: dict[str, Any]
-    """What the run that wrote it gave as its state."""
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> CheckpointInfo:
-        """One checkpoint by its directory.
-
-        Raises:
-            CheckpointError: it is not whole, or its name is not step_NUMBER.
-        """
-        directory = Path(path)
-        problem = broken(directory)
-        if problem:
-            raise CheckpointError(f"the checkpoint is not whole: {problem}")
-        step = parse_step(directory.name)
-        if step is None:
-            raise CheckpointError(f"{directory} is no checkpoint: its name is not step_NUMBER")
-        return cls(step, directory, json.loads((directory / RUN_STATE).read_text()))
-
-
-def find_latest(directory: str | os.PathLike[str]) -> CheckpointInfo | None:
-    """The checkpoint to resume from: the one `latest` names, else the newest whole one.
-
-    Whole means: every file of the manifest has its size. A fallback is a warning that says what is
-    wrong.
-
-    Returns:
-        None where nothing was ever saved.
-
-    Raises:
-        CheckpointError: there are checkpoints, but none is whole; or another version of this
-            program wrote them.
-    """
-    root = Path(directory)
-    candidates = step_directories(root)
-    pointer = root / LATEST
-    if pointer.exists():
-        named = root / pointer.read_text(errors="replace").strip()
-        candidates = [named, *(path for path in candidates if path != named)]
-    problems: list[str] = []
-    for path in candidates:
-        problem = broken(path)
-        if problem is None:
-            for line in problems:
-                logger.warning("not a whole checkpoint, resuming from %s: %s", path.name, line)
-            return CheckpointInfo.read(path)
-        problems.append(problem)
-    if problems:
-        listed = "\n  ".join(problems)
-        raise CheckpointError(
-            f"no checkpoint in {root} is whole:\n  {listed}\nRestore one of them, or begin anew."
-        )
-    return None
-
-
-def broken(path: Path) -> str | None:
-    """Why a checkpoint is not whole: the file, what was expected, what is there; None if whole.
-
-    Costs one `stat` a file.
-
-    Raises:
-        CheckpointError: another format version.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        json.loads((path / RUN_STATE).read_text())
-        version, files = manifest["format"], dict(manifest["files"])
-    except FileNotFoundError as error:
-        return f"{error.filename}: expected a file, found none"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path}: expected JSON of a checkpoint, found {error!r}"
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint format {version}, this program reads {FORMAT_VERSION}; "
-            "use the version that wrote it"
-        )
-    for name, size in files.items():
-        try:
-            found = (path / name).stat().st_size
-        except OSError:
-            return f"{path / name}: expected {size} bytes, found no file"
-        if found != size:
-            return f"{path / name}: expected {size} bytes, found {found}"
-    return None
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from megatron_mer.checkpoint.files import (
     write_bytes,
     write_json,
 )
+from megatron_mer.checkpoint.find import broken
 from megatron_mer.checkpoint.layout import (
     FORMAT_VERSION,
     LATEST,
@@ -30,7 +34,6 @@ from megatron_mer.checkpoint.layout import (
     step_directories,
     step_name,
 )
-from megatron_mer.checkpoint.load import broken
 from megatron_mer.errors import CheckpointError
 from megatron_mer.log import get_logger
 
@@ -149,11 +152,13 @@ def _write_rank(temporary: Path, fragments: list[Fragment], rank: int, world_siz
     repeated = [key for key, count in Counter(f.key for f in fragments).items() if count > 1]
     if repeated:
         raise ValueError(f"two fragments of one rank share a key: {', '.join(repeated)}")
-    write_bytes(temporary / f"{rank_name(rank)}.safetensors", safetensors_chunks(fragments))
+    chunks = safetensors_chunks(fragments)
+    facts = write_bytes(temporary / f"{rank_name(rank)}.safetensors", chunks)
     index = {
         "format": FORMAT_VERSION,
         "rank": rank,
         "world_size": world_size,
+        "tensors": asdict(facts),
         "fragments": [fragment.index_entry() for fragment in fragments],
     }
     write_json(temporary / f"{rank_name(rank)}.json", index)
@@ -163,25 +168,25 @@ def _write_rank(temporary: Path, fragments: list[Fragment], rank: int, world_siz
 def _write_manifest(
     temporary: Path, step: int, world_size: int, run_state: Mapping[str, Any]
 ) -> None:
-    write_json(temporary / RUN_STATE, dict(run_state))
-    files = {}
-    for name in _expected_files(world_size):
-        path = temporary / name
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is not visible on rank 0: the directory must be shared by all ranks"
-            )
-        files[name] = path.stat().st_size
+    files = {RUN_STATE: asdict(write_json(temporary / RUN_STATE, dict(run_state)))}
+    for rank in range(world_size):
+        index, tensors = (
+            temporary / f"{rank_name(rank)}{suffix}" for suffix in (".json", ".safetensors")
+        )
+        for path in (index, tensors):
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path} is not visible on rank 0: the directory must be shared by all ranks"
+                )
+        content = index.read_bytes()
+        files[index.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        files[tensors.name] = json.loads(content)["tensors"]
+        size, written = tensors.stat().st_size, files[tensors.name]["bytes"]
+        if size != written:
+            raise OSError(f"rank 0 sees {size} bytes of {tensors}, rank {rank} wrote {written}")
     manifest = {"format": FORMAT_VERSION, "step": step, "world_size": world_size, "files": files}
     write_json(temporary / MANIFEST, manifest)
     sync_directory(temporary)
-
-
-def _expected_files(world_size: int) -> Iterator[str]:
-    yield RUN_STATE
-    for rank in range(world_size):
-        yield f"{rank_name(rank)}.json"
-        yield f"{rank_name(rank)}.safetensors"
 
 
 def _commit(root: Path, temporary: Path, final: Path) -> None:

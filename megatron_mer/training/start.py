@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import yaml
 
-from megatron_mer.checkpoint import CheckpointInfo, CheckpointReader, find_latest
+from megatron_mer.checkpoint import (
+    CheckpointInfo,
+    CheckpointReader,
+    candidates,
+    damaged,
+    first_whole,
+)
 from megatron_mer.config import RunConfig, to_yaml
 from megatron_mer.continual.reptile import Reptile
-from megatron_mer.engine.distributed import device, start_distributed
+from megatron_mer.engine.distributed import device, first_failure, start_distributed
 from megatron_mer.engine.training_engine import TrainingEngine
 from megatron_mer.errors import CheckpointError, ConfigError, MegatronMerError, Problem, RunStopped
 from megatron_mer.log import get_logger, setup_logging
@@ -115,23 +121,30 @@ def _raise_everywhere(problem: MegatronMerError | None) -> None:
 
 
 def _agreed_checkpoint(outputs: RunDirectory, rank: int) -> CheckpointInfo | None:
-    """The checkpoint that rank 0 chose and checked; the others take its word."""
-    chosen: list[Any] = [None]
+    """The newest checkpoint that is whole to the byte, each rank having read a share of it."""
+    listed = _from_rank_0(rank, lambda: [str(path) for path in candidates(outputs.checkpoints)])
+    size = dist.get_world_size()
+    path = first_whole(map(Path, listed), lambda one: first_failure(damaged(one, rank, size)))
+    if path is None:
+        return None
+    info: CheckpointInfo = _from_rank_0(rank, lambda: CheckpointInfo.read(path))
+    return info
+
+
+def _from_rank_0(rank: int, make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, or its error, on all ranks. Collective."""
+    made: list[Any] = [None]
     problem: MegatronMerError | None = None
     if rank == 0:
         try:
-            info = find_latest(outputs.checkpoints)
-            chosen = [(info.step, str(info.path), info.run_state) if info else None]
-        except CheckpointError as error:
+            made = [make()]
+        except MegatronMerError as error:
             problem = error
         except OSError as error:
-            problem = CheckpointError(f"{outputs.checkpoints} cannot be read: {error}")
+            problem = CheckpointError(f"the checkpoints cannot be read: {error}")
     _raise_everywhere(problem)
-    dist.broadcast_object_list(chosen, src=0)
-    if chosen[0] is None:
-        return None
-    step, path, run_state = chosen[0]
-    return CheckpointInfo(step, Path(path), run_state)
+    dist.broadcast_object_list(made, src=0)
+    return made[0]
 
 
 def _state(

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mer.checkpoint import CheckpointReader, Fragment, find_latest, save_checkpoint
+from megatron_mer.checkpoint import (
+    CheckpointReader,
+    Fragment,
+    candidates,
+    damaged,
+    find_latest,
+    first_whole,
+    save_checkpoint,
+)
 from megatron_mer.errors import CheckpointError
 
 SHAPE = (8, 6)
@@ -294,6 +302,67 @@ def test_a_torn_checkpoint_is_passed_over_with_a_warning(
         assert f"{path}: expected {size} bytes, found {found}" in message
     with pytest.raises(CheckpointError, match="not whole"):
         CheckpointReader(path.parent)
+
+
+FILES = ["rank_00000.safetensors", "rank_00000.json", "run_state.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, file: str):
+    two_checkpoints(tmp_path)
+    path = tmp_path / "step_000010510" / file
+    content = path.read_bytes()
+    for at in {0, len(content) // 2, len(content) - 1}:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        problem = damaged(path.parent)
+        assert problem is not None
+        assert str(path) in problem or str(path.parent) in problem
+        chosen = first_whole(candidates(tmp_path), damaged)
+        assert chosen == tmp_path / "step_000009510"
+    path.write_bytes(content)
+    assert damaged(path.parent) is None
+    assert first_whole(candidates(tmp_path), damaged) == tmp_path / "step_000010510"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_ranks_share_the_reading(tmp_path: Path, ranks: type, world_size: int):
+    def one(rank: int, first_failure: Callable[[str | None], str | None]) -> object:
+        return save_checkpoint(
+            tmp_path,
+            3,
+            owned(0, 1, rank, 3, 0),
+            {},
+            rank=rank,
+            world_size=3,
+            barrier=lambda: None,
+            first_failure=first_failure,
+        )
+
+    path = ranks(3).run(one)[0]
+    assert {damaged(path, rank, world_size) for rank in range(world_size)} == {None}
+    for number in range(3):
+        file = path / f"rank_{number:05d}.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        found = [damaged(path, rank, world_size) for rank in range(world_size)]
+        # The rank that reads it finds it, and nobody else reads it.
+        assert [bool(one) for one in found] == [
+            rank == number % world_size for rank in range(world_size)
+        ]
+        assert "expected SHA-256" in str(found[number % world_size])
+        file.write_bytes(content)
+
+
+def test_format_1_without_checksums_is_read_by_its_sizes(tmp_path: Path):
+    two_checkpoints(tmp_path)
+    path = tmp_path / "step_000010510"
+    manifest = json.loads((path / "manifest.json").read_text())
+    sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1, "files": sizes}))
+    (tmp_path / "latest").write_text("step_000010510\n")
+    assert first_whole(candidates(tmp_path), damaged) == path
+    os.truncate(path / "rank_00000.json", 5)
+    assert first_whole(candidates(tmp_path), damaged) == tmp_path / "step_000009510"
 
 
 def test_none_whole_is_an_error(tmp_path: Path):

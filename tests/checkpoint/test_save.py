@@ -1,5 +1,6 @@
 import builtins
 import errno
+import hashlib
 import io
 import json
 import os
@@ -13,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_mer.checkpoint import Fragment, save_checkpoint
+from megatron_mer.checkpoint.find import broken, damaged, find_latest
 from megatron_mer.checkpoint.layout import step_directories
-from megatron_mer.checkpoint.load import CheckpointReader, broken, find_latest
+from megatron_mer.checkpoint.load import CheckpointReader
 from megatron_mer.errors import CheckpointError
 
 ROWS = 6
@@ -71,8 +73,14 @@ def test_files_of_a_checkpoint(tmp_path: Path):
     manifest = json.loads((path / "manifest.json").read_text())
     assert (manifest["step"], manifest["world_size"]) == (300, 1)
     assert manifest["files"] == {
-        name: (path / name).stat().st_size for name in names(path) if name != "manifest.json"
+        name: {
+            "bytes": (path / name).stat().st_size,
+            "sha256": hashlib.sha256((path / name).read_bytes()).hexdigest(),
+        }
+        for name in names(path)
+        if name != "manifest.json"
     }
+    assert damaged(path) is None
 
 
 def test_the_tensor_file_is_what_safetensors_reads(tmp_path: Path):

@@ -1,0 +1,199 @@
+"""Find the newest whole checkpoint: by the sizes of its files, or by every byte of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mer.checkpoint.files import sha256_of
+from megatron_mer.checkpoint.layout import (
+    FORMAT_VERSION,
+    LATEST,
+    MANIFEST,
+    RUN_STATE,
+    parse_step,
+    step_directories,
+)
+from megatron_mer.errors import CheckpointError
+from megatron_mer.log import get_logger
+
+logger = get_logger(__name__)
+
+# Format 1 is the same without checksums.
+_READ_FORMATS = (1, FORMAT_VERSION)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A whole checkpoint."""
+
+    step: int
+    """Applied optimizer updates."""
+    path: Path
+    """Its directory."""
+    run_state: dict[str, Any]
+    """What the run that wrote it gave as its state."""
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> CheckpointInfo:
+        """One checkpoint by its directory.
+
+        Raises:
+            CheckpointError: it is not whole, or its name is not step_NUMBER.
+        """
+        directory = Path(path)
+        problem = broken(directory)
+        if problem:
+            raise CheckpointError(f"the checkpoint is not whole: {problem}")
+        step = parse_step(directory.name)
+        if step is None:
+            raise CheckpointError(f"{directory} is no checkpoint: its name is not step_NUMBER")
+        return cls(step, directory, json.loads((directory / RUN_STATE).read_text()))
+
+
+def candidates(directory: str | os.PathLike[str]) -> list[Path]:
+    """What to resume from, best first: the one that `latest` names, then by falling step."""
+    root = Path(directory)
+    found = step_directories(root)
+    pointer = root / LATEST
+    if not pointer.exists():
+        return found
+    named = root / pointer.read_text(errors="replace").strip()
+    return [named, *(path for path in found if path != named)]
+
+
+def first_whole(paths: Iterable[Path], problem_of: Callable[[Path], str | None]) -> Path | None:
+    """The first checkpoint without a problem; those before it are a warning each.
+
+    Args:
+        paths: in the order of `candidates`.
+        problem_of: why one is not whole, None if it is: `broken`, `damaged`, or what ranks found
+            together.
+
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are some, but none is whole.
+    """
+    problems: list[str] = []
+    for path in paths:
+        problem = problem_of(path)
+        if problem is None:
+            for line in problems:
+                logger.warning("not a whole checkpoint, resuming from %s: %s", path.name, line)
+            return path
+        problems.append(problem)
+    if problems:
+        listed = "\n  ".join(problems)
+        raise CheckpointError(
+            f"no checkpoint in {path.parent} is whole:\n  {listed}\n"
+            "Restore one of them, or begin anew."
+        )
+    return None
+
+
+def find_latest(directory: str | os.PathLike[str]) -> CheckpointInfo | None:
+    """The checkpoint to resume from: the one `latest` names, else the newest whole one.
+
+    Whole means here: every file of the manifest has its size. A fallback is a warning that says
+    what is wrong.
+
+    Returns:
+        None where nothing was ever saved.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole; or another version of this
+            program wrote them.
+    """
+    path = first_whole(candidates(directory), broken)
+    return None if path is None else CheckpointInfo.read(path)
+
+
+def broken(path: Path) -> str | None:
+    """Why a checkpoint is not whole: the file, what was expected, what is there; None if whole.
+
+    Costs one `stat` a file.
+
+    Raises:
+        CheckpointError: another format version.
+    """
+    try:
+        files = _files(path)
+        json.loads((path / RUN_STATE).read_text())
+    except FileNotFoundError as error:
+        return f"{error.filename}: expected a file, found none"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path}: expected JSON of a checkpoint, found {error!r}"
+    problems = (_size(path / name, size) for name, (size, _) in files.items())
+    return next((problem for problem in problems if problem), None)
+
+
+def damaged(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """Why a checkpoint is not whole, every byte of it read; None if each file has its checksum.
+
+    Args:
+        path: its directory.
+        rank: whose share of the files to read; rank 0 also does what `broken` does.
+        world_size: number of ranks that share the reading. A rank's share has its own two files
+            when as many ranks wrote, so they are in the page cache when they are loaded.
+
+    Raises:
+        CheckpointError: another format version.
+    """
+    if rank == 0 and (problem := broken(path)):
+        return problem
+    try:
+        files = _files(path)
+        for name, (size, checksum) in files.items():
+            if _reader(name, world_size) != rank:
+                continue
+            problem = _size(path / name, size)
+            if problem:
+                return problem
+            found = sha256_of(path / name) if checksum else None
+            if found != checksum:
+                return f"{path / name}: expected SHA-256 {checksum}, found {found}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path}: cannot be read: {error!r}"
+    return None
+
+
+def _reader(name: str, world_size: int) -> int:
+    """The rank that checks a file: the one that wrote it, if as many ranks did."""
+    number = name.removeprefix("rank_").split(".")[0]
+    return int(number) % world_size if number.isdecimal() else 0
+
+
+def _files(path: Path) -> dict[str, tuple[int, str | None]]:
+    """Size and checksum of every file by the manifest.
+
+    Raises:
+        CheckpointError: another format version.
+        OSError, ValueError, KeyError, TypeError: it is not there, or no manifest.
+    """
+    manifest = json.loads((path / MANIFEST).read_text())
+    version = manifest["format"]
+    if version not in _READ_FORMATS:
+        raise CheckpointError(
+            f"{path} has checkpoint format {version}, this program reads "
+            f"{' and '.join(map(str, _READ_FORMATS))}; use the version that wrote it"
+        )
+    if version == 1:
+        return {name: (int(size), None) for name, size in manifest["files"].items()}
+    return {
+        name: (int(facts["bytes"]), str(facts["sha256"]))
+        for name, facts in manifest["files"].items()
+    }
+
+
+def _size(path: Path, expected: int) -> str | None:
+    try:
+        found = path.stat().st_size
+    except OSError:
+        return f"{path}: expected {expected} bytes, found no file"
+    return None if found == expected else f"{path}: expected {expected} bytes, found {found}"
