@@ -66,13 +66,18 @@ def candidates(directory: str | os.PathLike[str]) -> list[Path]:
     return [named, *(path for path in found if path != named)]
 
 
-def first_whole(paths: Iterable[Path], problem_of: Callable[[Path], str | None]) -> Path | None:
-    """The first checkpoint without a problem; those before it are a warning each.
+def first_whole(
+    paths: Iterable[Path],
+    problem_of: Callable[[Path], str | None],
+    say: Callable[[str], None] = logger.warning,
+) -> Path | None:
+    """The first checkpoint without a problem.
 
     Args:
         paths: in the order of `candidates`.
         problem_of: why one is not whole, None if it is: `broken`, `damaged`, or what ranks found
             together.
+        say: called with a line for each that was passed over.
 
     Returns:
         None where there is no checkpoint at all.
@@ -85,7 +90,7 @@ def first_whole(paths: Iterable[Path], problem_of: Callable[[Path], str | None])
         problem = problem_of(path)
         if problem is None:
             for line in problems:
-                logger.warning("not a whole checkpoint, resuming from %s: %s", path.name, line)
+                say(f"not a whole checkpoint, resuming from {path.name}: {line}")
             return path
         problems.append(problem)
     if problems:

@@ -59,9 +59,13 @@ def run(
     outputs = RunDirectory(prepared.config.output_dir)
     start_distributed()
     _prepare_directory(outputs, rank, fresh)
-    info = _agreed_checkpoint(outputs, rank)
+    passed_over: list[str] = []
+    info = _agreed_checkpoint(outputs, rank, passed_over)
     prepared, state = _state(prepared, info, accept)
     setup_logging(rank, outputs.log_file if rank == 0 else None)
+    if rank == 0:
+        for line in passed_over:
+            logger.warning("%s", line)
     if state.batches >= prepared.plan.total_batches:
         _end(prepared, outputs, state, rank)
         return
@@ -120,11 +124,21 @@ def _raise_everywhere(problem: MegatronMerError | None) -> None:
         raise said[0]
 
 
-def _agreed_checkpoint(outputs: RunDirectory, rank: int) -> CheckpointInfo | None:
-    """The newest checkpoint that is whole to the byte, each rank having read a share of it."""
+def _agreed_checkpoint(
+    outputs: RunDirectory, rank: int, passed_over: list[str]
+) -> CheckpointInfo | None:
+    """The newest checkpoint that is whole to the byte, each rank having read a share of it.
+
+    Args:
+        outputs: the run's directory.
+        rank: this rank.
+        passed_over: gets a line for each newer one that is not whole.
+    """
     listed = _from_rank_0(rank, lambda: [str(path) for path in candidates(outputs.checkpoints)])
     size = dist.get_world_size()
-    path = first_whole(map(Path, listed), lambda one: first_failure(damaged(one, rank, size)))
+    path = first_whole(
+        map(Path, listed), lambda one: first_failure(damaged(one, rank, size)), passed_over.append
+    )
     if path is None:
         return None
     info: CheckpointInfo = _from_rank_0(rank, lambda: CheckpointInfo.read(path))

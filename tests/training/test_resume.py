@@ -71,6 +71,8 @@ def test_a_flipped_bit_in_the_newest_checkpoint_falls_back_to_the_one_before(tin
     tiny.train(config, world_size=2)
     assert tiny.results("killed") == tiny.results("alone")
     log = (tiny.folder / "killed/train.log").read_text()
+    assert log.count("not a whole checkpoint, resuming from step_000000007: ") == 1
+    assert f"{path}: expected SHA-256 " in log
     assert "resuming after batch 7 (step 7)" in log
 
 
