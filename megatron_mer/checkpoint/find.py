@@ -138,6 +138,11 @@ def broken(path: Path) -> str | None:
     return next((problem for problem in problems if problem), None)
 
 
+def is_permanent(path: Path) -> bool:
+    """Whether a whole checkpoint was saved to stay; format 1 knew no such."""
+    return bool(json.loads((path / MANIFEST).read_text()).get("permanent", False))
+
+
 def damaged(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
     """Why a checkpoint is not whole, every byte of it read; None if each file has its checksum.
 

@@ -20,7 +20,7 @@ from megatron_mer.checkpoint.files import (
     write_bytes,
     write_json,
 )
-from megatron_mer.checkpoint.find import broken
+from megatron_mer.checkpoint.find import broken, is_permanent
 from megatron_mer.checkpoint.layout import (
     FORMAT_VERSION,
     LATEST,
@@ -51,6 +51,8 @@ def save_checkpoint(
     barrier: Callable[[], None],
     first_failure: Callable[[str | None], str | None],
     keep_last: int = 2,
+    keep_every: int | None = None,
+    permanent: bool = False,
 ) -> Path:
     """Write this rank's part of a checkpoint; returns when all of it is on the disk. Collective.
 
@@ -70,6 +72,8 @@ def save_checkpoint(
             the first rank that did.
         keep_last: Newest checkpoints to keep, >= 1. Those with a larger step than this one are of a
             future that this run has left, and go.
+        keep_every: Checkpoints whose step is a multiple stay too.
+        permanent: This one stays for good.
 
     Returns:
         The checkpoint's directory.
@@ -89,9 +93,9 @@ def save_checkpoint(
         _write_rank(temporary, list(fragments), rank, world_size)
     with together:
         if rank == 0:
-            _write_manifest(temporary, step, world_size, run_state)
+            _write_manifest(temporary, step, world_size, run_state, permanent)
             _commit(root, temporary, final)
-            _prune(root, step, keep_last)
+            _prune(root, step, keep_last, keep_every)
     return final
 
 
@@ -166,7 +170,7 @@ def _write_rank(temporary: Path, fragments: list[Fragment], rank: int, world_siz
 
 
 def _write_manifest(
-    temporary: Path, step: int, world_size: int, run_state: Mapping[str, Any]
+    temporary: Path, step: int, world_size: int, run_state: Mapping[str, Any], permanent: bool
 ) -> None:
     files = {RUN_STATE: asdict(write_json(temporary / RUN_STATE, dict(run_state)))}
     for rank in range(world_size):
@@ -184,7 +188,13 @@ def _write_manifest(
         size, written = tensors.stat().st_size, files[tensors.name]["bytes"]
         if size != written:
             raise OSError(f"rank 0 sees {size} bytes of {tensors}, rank {rank} wrote {written}")
-    manifest = {"format": FORMAT_VERSION, "step": step, "world_size": world_size, "files": files}
+    manifest = {
+        "format": FORMAT_VERSION,
+        "step": step,
+        "world_size": world_size,
+        "permanent": permanent,
+        "files": files,
+    }
     write_json(temporary / MANIFEST, manifest)
     sync_directory(temporary)
 
@@ -209,15 +219,17 @@ def _step_aside(final: Path) -> None:
     os.rename(final, aside)
 
 
-def _prune(root: Path, step: int, keep_last: int) -> None:
+def _prune(root: Path, step: int, keep_last: int, keep_every: int | None) -> None:
     """Remove what is no longer wanted; a failure here costs space, not the checkpoint."""
     kept = 0
     for path in step_directories(root):
         number = parse_step(path.name)
         ours = number is not None and number <= step and not path.name.endswith(REPLACED)
-        if ours and kept < keep_last and not broken(path):
+        if ours and not broken(path):
             kept += 1
-            continue
+            multiple = keep_every is not None and number is not None and number % keep_every == 0
+            if kept <= keep_last or multiple or is_permanent(path):
+                continue
         if number is not None and number > step:
             logger.warning("removing %s: the run went back to before step %d", path, number)
         try:

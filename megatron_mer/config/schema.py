@@ -333,7 +333,9 @@ class CheckpointConfig:
     every_steps: Count | None = None
     """Save every so many steps as well."""
     keep_last: Count = 2
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay; those at ends of tasks stay besides, always."""
+    keep_every: Count | None = None
+    """Those at every so many steps stay too, of the ones that are written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -233,7 +233,7 @@ class Trainer:
             too_much = self._evaluate("interval", entry)
         every = self.config.checkpoint.every_steps
         if ends or (outcome.applied and every and self.state.updates % every == 0):
-            self.save()
+            self.save(permanent=ends)
         if too_much:
             self._bound(too_much)
 
@@ -309,8 +309,12 @@ class Trainer:
             "the bound, or change replay (--accept replay)"
         )
 
-    def save(self) -> None:
-        """Write a checkpoint of everything. Collective."""
+    def save(self, permanent: bool = False) -> None:
+        """Write a checkpoint of everything. Collective.
+
+        Args:
+            permanent: it stays for good, as those at ends of entries do.
+        """
         if self._saved_at == self.state.batches:
             return
         if self.rank == 0:
@@ -330,6 +334,8 @@ class Trainer:
             barrier=dist.barrier,
             first_failure=first_failure,
             keep_last=self.config.checkpoint.keep_last,
+            keep_every=self.config.checkpoint.keep_every,
+            permanent=permanent,
         )
         self._saved_at = self.state.batches
         if self.rank == 0:

@@ -14,50 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_mer.checkpoint import Fragment, save_checkpoint
-from megatron_mer.checkpoint.find import broken, damaged, find_latest
+from megatron_mer.checkpoint.find import broken, damaged
 from megatron_mer.checkpoint.layout import step_directories
-from megatron_mer.checkpoint.load import CheckpointReader
 from megatron_mer.errors import CheckpointError
-
-ROWS = 6
-
-
-def fragment(value: float, rank: int = 0, world_size: int = 1) -> Fragment:
-    """A rank's equal part of one parameter whose elements are all `value`."""
-    part = ROWS * 4 // world_size
-    return Fragment(
-        "head.weight",
-        "master",
-        (ROWS, 4),
-        None,
-        0,
-        1,
-        rank * part,
-        torch.full((part,), float(value)),
-    )
-
-
-def save(root: Path, step: int, value: float | None = None, **options: int) -> Path:
-    """One rank; the value of the parameter is the step unless given."""
-    value = float(step if value is None else value)
-    return save_checkpoint(
-        root, step, [fragment(value)], {"value": value}, rank=0, world_size=1,
-        barrier=lambda: None, first_failure=lambda reason: reason, **options,
-    )  # fmt: skip
-
-
-def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
-
-
-def stored_value(root: Path, world_size: int = 1) -> float:
-    """The value that the checkpoint to resume from holds, in its state and in every element."""
-    info = find_latest(root)
-    assert info is not None
-    target = fragment(-1.0)
-    CheckpointReader(info.path).fill(target)
-    assert torch.equal(target.tensor, torch.full((ROWS * 4,), info.run_state["value"]))
-    return info.run_state["value"]
+from tests.checkpoint.saved import fragment, names, save, stored_value
 
 
 def test_files_of_a_checkpoint(tmp_path: Path):
@@ -106,29 +66,6 @@ def test_the_tensor_file_is_what_safetensors_reads(tmp_path: Path):
     assert torch.equal(stored["last_delta/norm"], delta)
     assert torch.equal(stored["exp_avg/é/w"], exp_avg)
     assert stored["master/norm"].shape == (0,)
-
-
-def test_prune_keeps_the_newest_by_number(tmp_path: Path):
-    for step in (9_510, 10_510, 999_999_999, 1_000_000_000):
-        save(tmp_path, step, keep_last=2)
-    assert names(tmp_path) == ["latest", "step_1000000000", "step_999999999"]
-    assert stored_value(tmp_path) == 1_000_000_000
-
-
-def test_prune_never_removes_what_latest_names(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    for step in (10, 20, 30):
-        save(tmp_path, step, keep_last=9)
-    save(tmp_path, 15, keep_last=2)
-    assert names(tmp_path) == ["latest", "step_000000010", "step_000000015"]
-    assert stored_value(tmp_path) == 15
-
-
-def test_a_torn_checkpoint_is_not_counted_as_kept(tmp_path: Path):
-    for step in (10, 20, 30):
-        save(tmp_path, step, keep_last=9)
-    os.truncate(tmp_path / "step_000000030/rank_00000.safetensors", 20)
-    save(tmp_path, 40, keep_last=2)
-    assert names(tmp_path) == ["latest", "step_000000020", "step_000000040"]
 
 
 def test_a_save_of_the_same_step_replaces(tmp_path: Path):

@@ -76,6 +76,17 @@ def test_a_flipped_bit_in_the_newest_checkpoint_falls_back_to_the_one_before(tin
     assert "resuming after batch 7 (step 7)" in log
 
 
+def test_checkpoints_at_the_ends_of_tasks_stay(tiny):
+    options = (
+        "--checkpoint.every_steps=2",
+        "--checkpoint.keep_last=1",
+        "--checkpoint.keep_every=8",
+    )
+    tiny.train(tiny.write("run"), *options)
+    found = sorted(path.name for path in (tiny.folder / "run/checkpoints").glob("step_*"))
+    assert found == [f"step_{step:09d}" for step in (7, 8, 14, 16, 20)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
