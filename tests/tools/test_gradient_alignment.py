@@ -81,7 +81,9 @@ def test_a_run_from_the_command_line(tiny):
     assert "Over the steps" in said
     made = sorted({path for path in folder.rglob("*") if path.is_file()} - set(before))
     assert {path.name for path in made} == {
-        f"gradient_alignment_step_{step}.{end}" for step in (15, 20) for end in ("json", "png")
+        f"gradient_alignment_step_{step}.{end}"
+        for step in (7, 14, 15, 20)
+        for end in ("json", "png")
     }
     content = json.loads((folder / "report/gradient_alignment_step_20.json").read_text())
     assert content["fresh_and_replay"]["sources"] == ["fresh", "replay"]
@@ -134,7 +136,7 @@ def test_bad_input_is_one_message(tiny):
     tiny.train(config)
     folder = tiny.folder / "run"
     assert "holds no config.yaml of a run" in refused(tiny.folder / "nothing")
-    assert "given step 7777; allowed: 15, 20, or all" in refused(f"{folder}@7777")
+    assert "given step 7777; allowed: 7, 14, 15, 20, or all" in refused(f"{folder}@7777")
     assert "without Reptile: it has no anchor" in refused(folder, "--weights", "anchor")
     code, said, _ = align(folder, "--rows", 4)
     assert code == 0
