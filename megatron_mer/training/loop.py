@@ -129,6 +129,7 @@ class Trainer:
         entry = self.plan.entry_of(batch)
         if data is not None and data.rows is not None:
             line = self._metrics(batch, entry, lr, outcome, data.rows, update, seconds)
+            self.outputs.check_lock()
             self.outputs.append_metrics(line)
             self.trackers.metrics(line)
             self._show(entry, line, progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -17,13 +16,14 @@ from typing import Any, Literal
 
 from megatron_mer.errors import ConfigError
 from megatron_mer.log import get_logger
+from megatron_mer.training.lock import NAME as LOCK
+from megatron_mer.training.lock import RunLock
 
 Status = Literal["running", "done", "stopped", "failed", "requeue"]
 
 logger = get_logger(__name__)
 
 _LONGEST_REASON = 2000
-_LOCK = ".lock"
 
 _RECORDED_PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "safetensors", "megatron_mer")
 
@@ -44,6 +44,7 @@ class RunDirectory:
         self.log_file = self.root / "train.log"
         self._metrics = self.root / "metrics.jsonl"
         self._evaluations = self.root / "evaluations.jsonl"
+        self._lock: RunLock | None = None
 
     def has_checkpoint(self) -> bool:
         """Whether a start would look for something to resume from."""
@@ -75,7 +76,7 @@ class RunDirectory:
         """
         if not self.root.exists() or not any(self.root.iterdir()):
             return None
-        if not any((self.root / name).exists() for name in ("status.json", _LOCK)):
+        if not any((self.root / name).exists() for name in ("status.json", LOCK)):
             raise ConfigError(
                 f"output_dir: given {self.root}, which holds files but no run that --fresh could "
                 "set aside (no status.json); choose another directory"
@@ -94,6 +95,8 @@ class RunDirectory:
                 f"output_dir: given {self.root}, which --fresh cannot rename to {aside.name} "
                 f"({error.strerror}); choose another directory with --output_dir PATH"
             ) from error
+        finally:
+            self.unlock()
         return aside
 
     def lock(self) -> None:
@@ -102,23 +105,24 @@ class RunDirectory:
         Raises:
             ConfigError: another live run has it.
         """
-        # The descriptor stays open as long as the process: the system then drops the lock.
-        self._lock = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(self._lock, 200).decode(errors="replace").strip() or "another process"
-            raise ConfigError(
-                f"output_dir: given {self.root}, where a run is alive ({owner}); wait for it, stop "
-                "it, or choose another directory with --output_dir PATH"
-            ) from error
-        except OSError as error:
-            logger.warning(
-                "%s cannot be locked (%s): a second run there goes unseen", self.root, error
-            )
-            return
-        os.truncate(self._lock, 0)
-        os.write(self._lock, f"host {platform.node()}, process {os.getpid()}\n".encode())
+        lock = RunLock(self.root)
+        lock.take()
+        self._lock = lock
+
+    def unlock(self) -> None:
+        """Let another process have the directory; nothing where this one has no lock."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def check_lock(self) -> None:
+        """Make sure that the directory is still this process's.
+
+        Raises:
+            TrainingError: another run has it.
+        """
+        if self._lock is not None:
+            self._lock.check()
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file whole: readers see the old one or the new one."""

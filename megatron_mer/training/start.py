@@ -58,7 +58,20 @@ def run(
     """
     outputs = RunDirectory(prepared.config.output_dir)
     start_distributed()
-    _prepare_directory(outputs, rank, fresh)
+    try:
+        _prepare_directory(outputs, rank, fresh)
+        _run(prepared, outputs, rank, world_size, accept)
+    finally:
+        outputs.unlock()
+
+
+def _run(
+    prepared: Prepared,
+    outputs: RunDirectory,
+    rank: int,
+    world_size: int,
+    accept: Collection[str],
+) -> None:
     passed_over: list[str] = []
     info = _agreed_checkpoint(outputs, rank, passed_over)
     prepared, state = _state(prepared, info, accept)
