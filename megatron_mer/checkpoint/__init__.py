@@ -9,11 +9,12 @@ from megatron_mer.checkpoint.find import (
 )
 from megatron_mer.checkpoint.layout import Fragment
 from megatron_mer.checkpoint.load import CheckpointReader
-from megatron_mer.checkpoint.save import save_checkpoint
+from megatron_mer.checkpoint.writer import CheckpointWriter, save_checkpoint
 
 __all__ = [
     "CheckpointInfo",
     "CheckpointReader",
+    "CheckpointWriter",
     "Fragment",
     "candidates",
     "damaged",

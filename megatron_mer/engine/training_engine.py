@@ -215,6 +215,16 @@ class TrainingEngine:
             for kind, tensors in extra.items():
                 yield self._fragment(piece, kind, tensors[index])
 
+    def checkpoint_bytes(self, extra: Mapping[str, Sequence[Tensor]]) -> int:
+        """Bytes of this rank's part of a checkpoint, moments included before they are there.
+
+        Args:
+            extra: further state by kind, as for ``fragments``.
+        """
+        masters = sum(shard.tensor.nbytes for shard in self.masters.shards)
+        # Adam's exp_avg and exp_avg_sq have the masters' shape.
+        return 3 * masters + sum(one.nbytes for tensors in extra.values() for one in tensors)
+
     @torch.no_grad()
     def load(
         self, reader: CheckpointReader, updates: int, extra: Mapping[str, Sequence[Tensor]]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_mer.checkpoint import save_checkpoint
+from megatron_mer.checkpoint import CheckpointWriter
 from megatron_mer.continual.plan import Entry
 from megatron_mer.continual.reptile import Reptile, ReptileUpdate
 from megatron_mer.data.batches import Rows
@@ -85,6 +86,17 @@ class Trainer:
         self._settings = settings(prepared)
         self._saved_at = -1
         self._logged_at = 0.0
+        self._checkpoints = CheckpointWriter(
+            outputs.checkpoints,
+            rank=rank,
+            world_size=world_size,
+            first_failure=first_failure,
+            keep_last=prepared.config.checkpoint.keep_last,
+            keep_every=prepared.config.checkpoint.keep_every,
+            snapshot_bytes=engine.checkpoint_bytes(self._reptile_tensors()),
+            pin_memory=device().type == "cuda",
+            committed=self._committed,
+        )
 
     def run(self) -> None:
         """Train to the end and write the results. Collective."""
@@ -122,7 +134,8 @@ class Trainer:
         lr = lr_of(self.config, self.plan, batch, self.state.updates, self.state.horizon)
         data = next(loader) if loader else None
         waited = time.perf_counter() - begin
-        outcome = self.engine.train_step(data, lr, (waited, self._usage.memory_gib()))
+        report = (waited, self._usage.memory_gib(), self._checkpoints.report())
+        outcome = self.engine.train_step(data, lr, report)
         update = self._count(batch, outcome, loader)
         seconds = time.perf_counter() - begin
         self.state.seconds += seconds
@@ -133,6 +146,7 @@ class Trainer:
             self.outputs.append_metrics(line)
             self.trackers.metrics(line)
             self._show(entry, line, progress)
+        self._checkpoints.advance(outcome.reports[:, 2].tolist())
         self._after(batch, entry, outcome)
 
     def _count(
@@ -176,7 +190,7 @@ class Trainer:
     ) -> dict[str, Any]:
         tokens = len(outcome.rows) * self.config.model.seq_length
         by_kind = self._sources.by_kind(rows, outcome.rows)
-        waited, memory = outcome.reports.max(0).tolist()
+        waited, memory = outcome.reports[:, :2].max(0).tolist()
         line = {
             "step": self.state.updates if outcome.applied else None,
             "batch": batch,
@@ -305,13 +319,14 @@ class Trainer:
         if bounds is None or bounds.action == "warn":
             return
         self.save()
+        self.wait_for_checkpoint()
         raise RunStopped(
             f"{text}; a checkpoint was saved. Start again to go on to the next evaluation, raise "
             "the bound, or change replay (--accept replay)"
         )
 
     def save(self, permanent: bool = False) -> None:
-        """Write a checkpoint of everything. Collective.
+        """Begin to write a checkpoint of everything; training goes on meanwhile. Collective.
 
         Args:
             permanent: it stays for good, as those at ends of entries do.
@@ -321,31 +336,38 @@ class Trainer:
         if self.rank == 0:
             self.outputs.sync()
             self.trackers.flush()
-        save_checkpoint(
-            self.outputs.checkpoints,
-            step=self.state.updates,
-            fragments=self.engine.fragments(self.reptile.tensors() if self.reptile else {}),
-            run_state=self.state.to_json(
+        self._checkpoints.save(
+            self.state.updates,
+            self.engine.fragments(self._reptile_tensors()),
+            self.state.to_json(
                 history=self.plan.history(),
                 settings=self._settings,
                 reptile=self.reptile.counters() if self.reptile else None,
             ),
-            rank=self.rank,
-            world_size=self.world_size,
-            barrier=dist.barrier,
-            first_failure=first_failure,
-            keep_last=self.config.checkpoint.keep_last,
-            keep_every=self.config.checkpoint.keep_every,
-            permanent=permanent,
+            permanent,
         )
         self._saved_at = self.state.batches
         if self.rank == 0:
             self.outputs.write_json("plan.json", self.plan.history())
-            self.outputs.write_status("running", self.state.updates)
+
+    def wait_for_checkpoint(self) -> None:
+        """Return when the last checkpoint is on the disk. Collective."""
+        self._checkpoints.wait()
+
+    def close(self) -> None:
+        """Return when this rank writes no checkpoint any more; an unfinished one is given up."""
+        self._checkpoints.close()
+
+    def _committed(self, step: int) -> None:
+        self.outputs.write_status("running", step)
+
+    def _reptile_tensors(self) -> Mapping[str, Sequence[Tensor]]:
+        return self.reptile.tensors() if self.reptile else {}
 
     def _finish(self) -> None:
         """Write summary, ledger and picture; say that the run is done."""
         self.save()
+        self.wait_for_checkpoint()
         if self.rank == 0:
             self.trackers.finish(write_results(self.outputs, self._prepared, self.state))
             show_results(self.outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -208,7 +209,9 @@ def _train(
         _record_start(prepared, outputs, info, state, world_size, accept)
     trackers = _trackers(prepared.config, outputs, state, rank)
     try:
-        Trainer(prepared, engine, reptile, state, outputs, rank, world_size, trackers).run()
+        trainer = Trainer(prepared, engine, reptile, state, outputs, rank, world_size, trackers)
+        with contextlib.closing(trainer):
+            trainer.run()
     finally:
         trackers.finish()
 

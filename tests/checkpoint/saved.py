@@ -30,7 +30,7 @@ def save(root: Path, step: int, value: float | None = None, **options: Any) -> P
     value = float(step if value is None else value)
     return save_checkpoint(
         root, step, [fragment(value)], {"value": value}, rank=0, world_size=1,
-        barrier=lambda: None, first_failure=lambda reason: reason, **options,
+        first_failure=lambda reason: reason, **options,
     )  # fmt: skip
 
 

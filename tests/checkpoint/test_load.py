@@ -31,7 +31,6 @@ def alone(root: Path, step: int, fragments: list[Fragment]) -> Path:
         {"batches": step},
         rank=0,
         world_size=1,
-        barrier=lambda: None,
         first_failure=lambda reason: reason,
     )
 
@@ -78,7 +77,6 @@ def test_any_data_parallel_layout(
             {},
             rank=rank,
             world_size=2 * saved_dp,
-            barrier=lambda: None,
             first_failure=first_failure,
         )
 
@@ -125,7 +123,6 @@ def test_any_tensor_parallel_layout(
             {},
             rank=rank,
             world_size=tp_size * dp_size,
-            barrier=lambda: None,
             first_failure=first_failure,
         )
 
@@ -151,7 +148,6 @@ def test_an_unchanged_layout_opens_its_own_files_only(tmp_path: Path, ranks: typ
             {},
             rank=rank,
             world_size=3,
-            barrier=lambda: None,
             first_failure=first_failure,
         )
 
@@ -334,7 +330,6 @@ def test_ranks_share_the_reading(tmp_path: Path, ranks: type, world_size: int):
             {},
             rank=rank,
             world_size=3,
-            barrier=lambda: None,
             first_failure=first_failure,
         )
 

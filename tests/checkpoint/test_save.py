@@ -58,7 +58,6 @@ def test_the_tensor_file_is_what_safetensors_reads(tmp_path: Path):
         {},
         rank=0,
         world_size=1,
-        barrier=lambda: None,
         first_failure=lambda reason: reason,
     )
     stored = load_file(path / "rank_00000.safetensors")
@@ -96,7 +95,6 @@ def test_a_state_that_is_no_json_is_refused(tmp_path: Path, state: dict):
             state,
             rank=0,
             world_size=1,
-            barrier=lambda: None,
             first_failure=lambda reason: reason,
         )
     assert names(tmp_path) == ["latest", "step_000000001"]
@@ -111,7 +109,6 @@ def test_a_key_given_twice_is_refused(tmp_path: Path):
             {},
             rank=0,
             world_size=1,
-            barrier=lambda: None,
             first_failure=lambda reason: reason,
         )
 
@@ -120,7 +117,7 @@ def save_on(ranks: type, root: Path, step: int, world_size: int = 3) -> list[obj
     def one(rank: int, first_failure: Callable[[str | None], str | None]) -> object:
         return save_checkpoint(
             root, step, [fragment(step, rank, world_size)], {"value": float(step)}, rank=rank,
-            world_size=world_size, barrier=lambda: None, first_failure=first_failure,
+            world_size=world_size, first_failure=first_failure,
         )  # fmt: skip
 
     return ranks(world_size).run(one)
@@ -188,7 +185,6 @@ def test_directories_that_are_not_shared_are_told(tmp_path: Path, ranks: type):
             {},
             rank=rank,
             world_size=2,
-            barrier=lambda: None,
             first_failure=first_failure,
         )
 

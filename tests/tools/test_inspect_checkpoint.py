@@ -36,7 +36,7 @@ def run(tmp_path):
         ]
         save_checkpoint(
             tmp_path / "checkpoints", step, fragments, {"batches": step + 2}, rank=0, world_size=1,
-            barrier=lambda: None, first_failure=lambda reason: reason,
+            first_failure=lambda reason: reason,
         )  # fmt: skip
     return tmp_path
 
