@@ -184,6 +184,20 @@ def test_a_snapshot_takes_its_memory_once():
     assert torch.equal(snapshot.take([grown])[0].tensor, grown.tensor)
 
 
+def test_a_snapshot_of_pieces_of_one_tensor():
+    flat = torch.arange(40.0)
+    # Neighbours, a gap, an empty piece, a strided one, and another tensor.
+    cuts = {"b": flat[10:16], "a": flat[0:10], "c": flat[18:30], "none": flat[30:30]}
+    cuts |= {"strided": flat[30:40:2], "last": flat[30:32], "other": torch.arange(5.0) + 100}
+    given = [Fragment(n, "master", (40,), None, 0, 1, 0, one) for n, one in cuts.items()]
+    expected = {name: one.clone() for name, one in cuts.items()}
+    copies = Snapshot().take(given)
+    flat.zero_()
+    assert {copy.name for copy in copies} == set(cuts)
+    for copy in copies:
+        assert torch.equal(copy.tensor, expected[copy.name]), copy.name
+
+
 def test_a_host_without_the_memory_is_told():
     with pytest.raises(CheckpointError, match="GiB of host memory on each rank"):
         Snapshot(1 << 60)
