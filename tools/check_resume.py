@@ -9,12 +9,12 @@ The run is made short, but keeps its model, batches and data. It is trained (1) 
 and (2) up to some steps behind a checkpoint, where all ranks are killed with SIGKILL; then (3) it
 resumes from the checkpoint. What stood in every row of every batch, losses, gradient norms,
 Reptile's figures, held-out losses and every number of the last checkpoint must be the same to the
-bit. With --change-layout the resume has another layout: batches must be the same, losses and
-gradient norms as near as --tolerance.
+bit. With --change-layout the resume has another layout: what it loads and its batches must be the
+same to the bit, losses and gradient norms as near as --tolerance.
 
 The ranks are processes of this node; on a cluster, start it on one node with what it may use there.
 Your output_dir is neither read nor written. The folder that it works in needs the space of up to
-eight checkpoints; it goes when all agrees. Any key of the configuration can be patched:
+nine checkpoints; it goes when all agrees. Any key of the configuration can be patched:
 --model.num_layers 2
 
 Exit codes: 0 identical (or near enough at another layout), 1 different, or the training program
@@ -67,7 +67,7 @@ def parse_arguments(
         type=float,
         metavar="SHARE",
         help="relative difference of losses and gradient norms that is allowed at another layout "
-        "(default: 1e-6 in fp32, 1e-2 in bf16)",
+        "(default: 1e-6 in fp32, 1e-3 in bf16)",
     )
     add(
         "--work-dir",

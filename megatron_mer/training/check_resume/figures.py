@@ -28,7 +28,7 @@ ROWS, LOSSES, NORMS, REPTILE, HELD_OUT, OTHER, STATE = (
 )
 GROUPS = (ROWS, LOSSES, NORMS, REPTILE, HELD_OUT, OTHER, STATE)
 
-LOOSER = 100
+LOOSER = 10
 """Reptile's figures of another layout may differ by so many times the tolerance: a delta is a small
 difference of weights."""
 

@@ -3,7 +3,8 @@
     python -m megatron_mer.training.check_resume.rank --records FOLDER --config run.yaml
 
 It does what ``pretrain_llama_mer.py`` does. Besides, each rank that reads data writes what it got
-of every batch to FOLDER/rank_NUMBER.jsonl; and with --hold-after STEP it waits there to be killed.
+of every batch to FOLDER/rank_NUMBER.jsonl. With --hold-after STEP it waits there to be killed; with
+--loaded FOLDER it writes what it has loaded as a checkpoint before it goes on.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from megatron_mer.checkpoint import save_checkpoint
 from megatron_mer.checkpoint.layout import rank_name
 from megatron_mer.data.batches import RankBatch, rank_rows
 from megatron_mer.data.loader import TrainLoader
+from megatron_mer.engine.distributed import first_failure
 from megatron_mer.training import start
 from megatron_mer.training.console import Progress
 from megatron_mer.training.loop import Trainer
@@ -93,15 +96,31 @@ def _digest(*arrays: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def recorded(records: Path, hold_after: int | None) -> type[Trainer]:
+def recorded(
+    records: Path, hold_after: int | None = None, loaded: Path | None = None
+) -> type[Trainer]:
     """The trainer of a rank under test.
 
     Args:
         records: folder for what the ranks write down.
         hold_after: the step after which a rank waits to be killed; None: it does not.
+        loaded: folder for a checkpoint of the state before the first step; None: none.
     """
 
     class RecordingTrainer(Trainer):
+        def run(self) -> None:
+            if loaded is not None:
+                save_checkpoint(
+                    loaded,
+                    self.state.updates,
+                    self.engine.fragments(self._reptile_tensors()),
+                    run_state={},
+                    rank=self.rank,
+                    world_size=self.world_size,
+                    first_failure=first_failure,
+                )
+            super().run()
+
         def _loader(self) -> TrainLoader:
             path = records / f"{rank_name(self.rank)}.jsonl"
             # The loop asks a loader for nothing else.
@@ -138,11 +157,12 @@ def run(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--hold-after", type=int)
+    parser.add_argument("--loaded", type=Path)
     parser.add_argument("--parent", type=int)
     own, rest = parser.parse_known_args(arguments)
     if own.parent is not None:
         _end_with(own.parent)
-    start.Trainer = recorded(own.records, own.hold_after)  # type: ignore[attr-defined]
+    start.Trainer = recorded(own.records, own.hold_after, own.loaded)  # type: ignore[attr-defined]
     return main(rest)
 
 

@@ -28,7 +28,11 @@ from megatron_mer.training.check_resume.figures import (
     rows,
     state,
 )
-from megatron_mer.training.check_resume.weights import compare_fragments, furthest
+from megatron_mer.training.check_resume.weights import (
+    WeightComparison,
+    compare_fragments,
+    furthest,
+)
 
 CLOSE = (LOSSES, NORMS, REPTILE, HELD_OUT)
 """What need not agree to the bit at another layout."""
@@ -48,6 +52,8 @@ class Runs:
     """Those of the second up to the kill."""
     resumed_records: Path
     """Those of the second from the resume on."""
+    loaded: Path
+    """Checkpoint of what the resume loaded, if it has another layout."""
     first_batch: int
     """The batch that the resume has to begin with."""
 
@@ -96,7 +102,12 @@ def judge(runs: Runs, tolerance: float | None) -> Verdict:
     expected.update(state(mine))
     behind.update(state(other))
     if tolerance is not None:
-        return _close(expected, behind, tolerance, mine.path, other.path)
+        close = Closeness(tolerance)
+        close.compare(expected, behind)
+        # Loading computes nothing, so at any layout no bit of it may be another.
+        saved = mine.path.with_name(runs.loaded.name)
+        loaded = compare_fragments(runs.loaded, saved, same_layout=False)
+        return _close(expected, close, loaded, furthest(mine.path, other.path))
     return _to_the_bit({**whole, **state(mine)}, list(exactly(expected, behind)), mine, other)
 
 
@@ -120,11 +131,9 @@ def _to_the_bit(
     other: CheckpointInfo,
 ) -> Verdict:
     weights = compare_fragments(mine.path, other.path)
-    kinds = ", ".join(f"{number} {kind}" for kind, number in weights.fragments.items())
     if not found and weights.first is None:
-        stored = f"{sum(weights.fragments.values())} fragments of weights ({kinds}; "
-        stored += f"{weights.numbers:,} numbers)"
-        return Verdict(True, [f"identical to the bit: {_listed(counts(whole))}, {stored}"])
+        text = f"identical to the bit: {_listed(counts(whole))}, {_stored(weights)}"
+        return Verdict(True, [text])
     more = _by_group(found)
     if weights.first is not None:
         found.append(weights.first)
@@ -149,23 +158,20 @@ def _listed(numbers: Mapping[str, int]) -> str:
 
 def _close(
     expected: Mapping[Place, Any],
-    behind: Mapping[Place, Any],
-    tolerance: float,
-    mine: Path,
-    other: Path,
+    close: Closeness,
+    loaded: WeightComparison,
+    last: Mapping[str, tuple[float, Difference]],
 ) -> Verdict:
-    close = Closeness(tolerance)
-    close.compare(expected, behind)
-    lines = []
-    if close.beyond:
-        lines += _first(close.beyond, _by_group(close.beyond))
-    else:
+    lines = _too_far(close, loaded)
+    agrees = not lines
+    if agrees:
         numbers = counts(expected)
         same = {group: n for group, n in numbers.items() if group not in CLOSE}
         near = {group: n for group, n in numbers.items() if group in CLOSE}
         lines.append(
-            f"agrees at the other layout: identical {_listed(same)}; within {tolerance:g} "
-            f"(Reptile's within {LOOSER * tolerance:g}), relative: {_listed(near)}"
+            f"agrees at the other layout: identical to the bit {_stored(loaded)} as loaded, "
+            f"{_listed(same)}; within {close.tolerance:g} (Reptile's within "
+            f"{LOOSER * close.tolerance:g}), relative: {_listed(near)}"
         )
     lines.append("largest relative differences behind the resume:")
     for group in CLOSE:
@@ -175,6 +181,22 @@ def _close(
         elif counts(expected)[group]:
             lines.append(f"  {group}: none")
     lines.append("of the last checkpoint, relative to each parameter's largest (not judged):")
-    for kind, (apart, where) in furthest(mine, other).items():
-        lines.append(f"  {kind}: {apart:.2g}, {where}")
-    return Verdict(not close.beyond, lines)
+    lines += [f"  {kind}: {apart:.2g}, {where}" for kind, (apart, where) in last.items()]
+    return Verdict(agrees, lines)
+
+
+def _too_far(close: Closeness, loaded: WeightComparison) -> list[str]:
+    """The first difference that may not be, and what else."""
+    found, more = list(close.beyond), _by_group(close.beyond)
+    if loaded.first is not None:
+        first = loaded.first
+        # The other way round: the run that was not interrupted comes first.
+        found.insert(0, Difference(f"the state as loaded, {first.place}", first.other, first.mine))
+        more = [f"{loaded.differing:,} of {loaded.numbers:,} loaded numbers", *more]
+    return _first(found, more) if found else []
+
+
+def _stored(weights: WeightComparison) -> str:
+    kinds = ", ".join(f"{number} {kind}" for kind, number in weights.fragments.items())
+    total = sum(weights.fragments.values())
+    return f"{total} fragments of weights ({kinds}; {weights.numbers:,} numbers)"

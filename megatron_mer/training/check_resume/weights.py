@@ -34,31 +34,33 @@ class WeightComparison:
     """Elements that differ."""
 
 
-def compare_fragments(mine: Path, other: Path) -> WeightComparison:
-    """Compare every fragment of two checkpoints of one layout, to the bit.
+def compare_fragments(mine: Path, other: Path, same_layout: bool = True) -> WeightComparison:
+    """Compare every fragment of a checkpoint with another checkpoint, to the bit.
+
+    Args:
+        mine: the one whose fragments are looked at.
+        other: the other one.
+        same_layout: each rank has to have the same fragments there; else they are put together.
 
     Raises:
-        CheckpointError: one cannot be read.
+        CheckpointError: one cannot be read, or lacks what the other has.
     """
     found = WeightComparison()
     for rank in range(_world_size(mine)):
         # With a rank's number a reader gives what that rank wrote, also where others have a copy.
-        readers = [CheckpointReader(path, rank=rank) for path in (mine, other)]
-        entries, others = (
-            {(one["kind"], one["name"]): one for one in _entries(path, rank)}
-            for path in (mine, other)
-        )
+        one, two = (CheckpointReader(path, rank=rank) for path in (mine, other))
+        entries = _entries(mine, rank)
+        others = _entries(other, rank) if same_layout else entries
         for key in [*entries, *(key for key in others if key not in entries)]:
-            if entries.get(key) != others.get(key):
-                place = f"index of rank {rank}, {key[0]} of {key[1]}"
-                found.first = found.first or Difference(place, entries.get(key), others.get(key))
+            entry = entries.get(key)
+            if entry is None or entry != others.get(key):
+                place = f"index of rank {rank}, {key}"
+                found.first = found.first or Difference(place, entry, others.get(key))
                 found.differing += 1
                 continue
-            entry = entries[key]
-            one, two = (_fragment(reader, entry) for reader in readers)
             found.fragments[entry["kind"]] += 1
             found.numbers += entry["numel"]
-            _note(found, entry, one, two)
+            _note(found, entry, _fragment(one, entry), _fragment(two, entry))
     return found
 
 
@@ -66,9 +68,11 @@ def _world_size(path: Path) -> int:
     return int(json.loads((path / MANIFEST).read_text())["world_size"])
 
 
-def _entries(path: Path, rank: int) -> list[dict[str, Any]]:
+def _entries(path: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """What a rank wrote, by kind and name."""
     file = path / f"{rank_name(rank)}.json"
-    return list(json.loads(file.read_text())["fragments"]) if file.exists() else []
+    listed = json.loads(file.read_text())["fragments"] if file.exists() else []
+    return {f"{one['kind']} of {one['name']}": one for one in listed}
 
 
 def _fragment(reader: CheckpointReader, entry: dict[str, Any]) -> torch.Tensor:
@@ -132,7 +136,7 @@ def parameters(path: Path) -> Iterator[tuple[str, str, torch.Size]]:
     """Kind, name and global shape of all that a checkpoint holds, each once."""
     seen = set()
     for rank in range(_world_size(path)):
-        for entry in _entries(path, rank):
+        for entry in _entries(path, rank).values():
             key = (entry["kind"], entry["name"])
             if key not in seen:
                 seen.add(key)
