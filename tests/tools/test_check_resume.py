@@ -186,8 +186,8 @@ def test_another_layout_is_near_enough(tiny):
     assert (code, errors) == (0, "")
     assert "3/3 resume, 3 steps more; 2 ranks" in said
     assert re.search(
-        r"agrees at the other layout: identical to the bit \d+ fragments of weights \(.*\) as loaded,"
-        " 24 rows of batches, ",
+        r"agrees at the other layout: identical to the bit \d+ fragments of weights \(.*\) as loaded"
+        ", 24 rows of batches, ",
         said,
     )
     assert "within 1e-06 (Reptile's within 1e-05), relative: " in said
