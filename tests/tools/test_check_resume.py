@@ -185,12 +185,10 @@ def test_another_layout_is_near_enough(tiny):
     code, said, errors = check(config, *SHORT, "--change-layout", "tp_size=2,ranks=2")
     assert (code, errors) == (0, "")
     assert "3/3 resume, 3 steps more; 2 ranks" in said
-    assert re.search(
-        r"agrees at the other layout: identical to the bit \d+ fragments of weights \(.*\) as loaded"
-        ", 24 rows of batches, ",
-        said,
-    )
-    assert "within 1e-06 (Reptile's within 1e-05), relative: " in said
+    first = next(line for line in said.splitlines() if line.startswith("agrees at the other "))
+    assert re.search(r"identical to the bit \d+ fragments of weights \(.*\) as loaded, 24", first)
+    assert "; within 1e-06 (" in first
+    assert "gradient norms within 0.0001), relative: " in first
     worst = float(re.search(r"^  losses: (\S+), (step|eval)", said, re.MULTILINE)[1])
     assert 0 < worst < 1e-6
     assert re.search(r"^  exp_avg_sq: \S+, parameter \S+ \(exp_avg_sq\), element \[", said, re.M)

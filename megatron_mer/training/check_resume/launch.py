@@ -146,6 +146,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     # The package may be used from a folder where it is not installed.
     root = str(Path(megatron_mer.__file__).resolve().parents[1])
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH")]))
+    environ["PYTHONSAFEPATH"] = "1"  # Nor does a package in the working directory come first.
     if world_size > 1:
         environ.setdefault("OMP_NUM_THREADS", "1")
     return {

@@ -13,7 +13,6 @@ from megatron_mer.errors import TrainingError
 from megatron_mer.training.check_resume.figures import (
     GROUPS,
     HELD_OUT,
-    LOOSER,
     LOSSES,
     NORMS,
     REPTILE,
@@ -73,8 +72,8 @@ def judge(runs: Runs, tolerance: float | None) -> Verdict:
 
     Args:
         runs: where they lie.
-        tolerance: relative difference that losses and gradient norms may have behind the resume,
-            which was at another layout; None: it was the same one, and none.
+        tolerance: as in `Closeness`, behind a resume at another layout; None: it was at the same
+            one, so that everything has to be the same to the bit.
 
     Raises:
         TrainingError: a run has no checkpoint.
@@ -102,7 +101,7 @@ def judge(runs: Runs, tolerance: float | None) -> Verdict:
     expected.update(state(mine))
     behind.update(state(other))
     if tolerance is not None:
-        close = Closeness(tolerance)
+        close = Closeness(tolerance, runs.first_batch)
         close.compare(expected, behind)
         # Loading computes nothing, so at any layout no bit of it may be another.
         saved = mine.path.with_name(runs.loaded.name)
@@ -170,8 +169,8 @@ def _close(
         near = {group: n for group, n in numbers.items() if group in CLOSE}
         lines.append(
             f"agrees at the other layout: identical to the bit {_stored(loaded)} as loaded, "
-            f"{_listed(same)}; within {close.tolerance:g} (Reptile's within "
-            f"{LOOSER * close.tolerance:g}), relative: {_listed(near)}"
+            f"{_listed(same)}; within {close.tolerance:g} (Reptile's figures and, behind the first "
+            f"step, gradient norms within {close.looser:g}), relative: {_listed(near)}"
         )
     lines.append("largest relative differences behind the resume:")
     for group in CLOSE:
