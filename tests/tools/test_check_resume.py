@@ -280,6 +280,7 @@ def test_a_difference_is_exit_code_1(tiny):
         (("--change-layout", "tp_size=2"), "parallel: tp_size 2 x pp_size 1 = 2 ranks a replica"),
         (("--change-layout", "tp_size=3,ranks=3"), "model.num_heads: 4 does not divide"),
         (("--ranks", "0"), "--ranks: given 0; allowed: at least 1"),
+        (("--tolerance", "0", "--timeout", "-1"), "--tolerance: given 0; allowed: above 0"),
         (("--ranks", "3"), "batch.global_batch_size: 8 rows do not divide"),
         (("--steps", "20"), "the stream has 20 steps"),
         (("--stream.1.train.0.prefix", "nowhere"), "stream.1.train.0.prefix: "),

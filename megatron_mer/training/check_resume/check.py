@@ -66,14 +66,13 @@ def check_resume(
         ConfigError: the configuration, the layout or the folder is refused.
         TrainingError: the training program failed, or the folder holds no comparable run.
     """
+    _check_numbers(test)
     ranks = test.ranks or test.config.parallel.tp_size * test.config.parallel.pp_size
-    if test.ranks is not None and test.ranks < 1:
-        raise ConfigError([Problem("--ranks", f"given {test.ranks}", "at least 1")])
     short = shorten(test.config, test.steps, test.more)
     resumed, resumed_ranks = changed_layout(short.config, ranks, test.layout)
-    prepare(replace(short.config, output_dir=str(_nowhere(test))), ranks, fresh=True)
+    prepare(short.config, ranks, fresh=True)
     if test.layout:
-        prepare(replace(resumed, output_dir=str(_nowhere(test))), resumed_ranks, fresh=True)
+        prepare(resumed, resumed_ranks, fresh=True)
     work = _work_folder(test)
     say(f"{short.total} steps, killed after step {short.killed_after}; in {work}")
     for line in short.changes:
@@ -87,7 +86,7 @@ def check_resume(
         tolerance = test.tolerance or TOLERANCE[short.config.precision]
         verdict = judge(bench.runs(saved), tolerance if test.layout else None)
     except KeyboardInterrupt:
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
         raise
     except Exception:
         say(f"what was written so far is kept in {work}")
@@ -97,6 +96,17 @@ def check_resume(
     else:
         say(f"kept: {work} ({WHOLE}, {KILLED} and resumed, ranks: their output and batches)")
     return verdict
+
+
+def _check_numbers(test: SelfTest) -> None:
+    problems = []
+    if test.ranks is not None and test.ranks < 1:
+        problems.append(Problem("--ranks", f"given {test.ranks}", "at least 1"))
+    for name, value in (("--timeout", test.timeout), ("--tolerance", test.tolerance)):
+        if value is not None and not value > 0:
+            problems.append(Problem(name, f"given {value:g}", "above 0"))
+    if problems:
+        raise ConfigError(problems)
 
 
 def changed_layout(config: RunConfig, ranks: int, text: str) -> tuple[RunConfig, int]:
@@ -151,11 +161,6 @@ def _parent(test: SelfTest) -> Path:
     parent = Path(test.config.output_dir).absolute().parent
     # No folder is left behind that the user did not make.
     return next(path for path in (parent, *parent.parents) if path.is_dir())
-
-
-def _nowhere(test: SelfTest) -> Path:
-    """An output_dir without a run, for looking at a configuration only."""
-    return _parent(test) / ".check_resume" / "none"
 
 
 def _work_folder(test: SelfTest) -> Path:
