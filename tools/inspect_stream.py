@@ -42,6 +42,7 @@ from megatron_mer.errors import ConfigError, DataError, Problem
 from megatron_mer.log import setup_logging
 from megatron_mer.training.dry_run import DOCUMENT_END, sample_texts
 from megatron_mer.training.outputs import RunDirectory
+from megatron_mer.training.warm_start import with_old_stream
 
 PLAIN_WIDTH = 100  # columns where there is no terminal and COLUMNS is not set
 SPEED_WINDOW = 100  # batches that the time left is estimated from
@@ -124,6 +125,7 @@ def open_config(path: str, overrides: list[str]) -> Source:
             "KIND` what a changed configuration makes of it",
             file=sys.stderr,
         )
+    config = with_old_stream(config)
     prefixes = prefixes_of(config)
     seq_length = config.model.seq_length
     problems: list[Problem] = []

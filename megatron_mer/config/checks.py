@@ -10,10 +10,10 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 
+from megatron_mer.config.field_types import TOKENIZER_KINDS
 from megatron_mer.config.parse import NotParsedError, Partial, as_far_as_parsed, show, suggest
 from megatron_mer.config.schedule_checks import segments, unused_or_above_peak, warmup_too_long
 from megatron_mer.config.schema import (
-    TOKENIZER_KINDS,
     DatasetConfig,
     RunConfig,
     TaskConfig,
@@ -232,6 +232,26 @@ def _trained_before_use(config: RunConfig) -> Problems:
             yield Problem(f"stream.{index}.trained_before", given, "", remedy)
 
 
+def _init(config: RunConfig) -> Problems:
+    checkpoint = config.checkpoint
+    text = checkpoint.init_from
+    if text is None:
+        for key, default in (("init_weights", "fast"), ("init_stream", "ledger")):
+            if getattr(checkpoint, key) != default:
+                given = f"given {getattr(checkpoint, key)}, which without init_from has no effect"
+                yield Problem(f"checkpoint.{key}", given, "", "add init_from or remove it")
+        return
+    place, _, step = text.rpartition("@")
+    if not place or not step.isdecimal():
+        remedy = "add the step (tools/inspect_checkpoint.py RUN lists them)"
+        given = f"given {text!r}"
+        yield Problem("checkpoint.init_from", given, "RUN@STEP, as runs/old@300", remedy)
+    elif os.path.normpath(place) == os.path.normpath(config.output_dir):
+        given = f"given {text!r}, which is this run's own output_dir"
+        remedy = "a run resumes by itself; give the new one an output_dir of its own"
+        yield Problem("checkpoint.init_from", given, "another run", remedy)
+
+
 def _dataset_names(config: RunConfig) -> Problems:
     """A name stands for one dataset, whose order and place go on when its task returns."""
     first: dict[str, tuple[str, str]] = {}
@@ -318,6 +338,7 @@ _RUN_CHECKS: Final[tuple[Callable[[Any], Problems], ...]] = (
     _replay_weights,
     _trained,
     _trained_before_use,
+    _init,
     _dataset_names,
     _prefixes,
     _valid_names,

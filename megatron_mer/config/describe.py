@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from megatron_mer.config import schema
+from megatron_mer.config import field_types, schema
 
 _NOUNS: Final = {
     int: "a whole number",
@@ -58,7 +58,7 @@ def allowed_text(hint: Any) -> str:
     """Says what a key of this type may hold, for instance "a whole number >= 1"."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        notes = [note.text for note in arguments[1:] if isinstance(note, schema.Note)]
+        notes = [note.text for note in arguments[1:] if isinstance(note, field_types.Note)]
         if notes and arguments[0] is not Decimal:
             return notes[0]
         limits = " and ".join(_limits(arguments[1:]))
@@ -84,7 +84,7 @@ def _limits(metadata: tuple[Any, ...]) -> Iterator[str]:
             yield f"> {entry.gt}"
         elif isinstance(entry, Lt):
             yield f"< {entry.lt}"
-        elif isinstance(entry, Le) and entry.le != schema.LARGEST:
+        elif isinstance(entry, Le) and entry.le != field_types.LARGEST:
             yield f"<= {entry.le}"
         elif isinstance(entry, MinLen):
             yield "of at least one character"

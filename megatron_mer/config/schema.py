@@ -7,72 +7,20 @@ checks everything. The text below each field is what `--help` prints.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from decimal import Decimal
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AllowInfNan, BeforeValidator, Strict
-
-LARGEST: Final = 2**63 - 1
-"""Largest whole number: steps, tokens and seeds are 64-bit integers in the plan."""
-ALPHA_DECIMALS: Final = 9
-"""Decimal places of `replay.alpha`, so that its exact arithmetic fits into 64-bit integers."""
-TOKENIZER_KINDS: Final = ("sentencepiece",)
-
-
-@dataclass(frozen=True)
-class Note:
-    """Metadata of a field's type: more about what is allowed, for messages and `--help`."""
-
-    text: str
-
-
-def _whole(value: Any) -> Any:
-    """Takes 1e9 for the whole number it is; leaves anything else as it was given."""
-    if (
-        isinstance(value, Decimal)
-        and value.is_finite()
-        and abs(value) <= LARGEST
-        and value == value.to_integral_value()
-    ):
-        return int(value)
-    return value
-
-
-def _real(value: Any) -> Any:
-    """Numbers of a file arrive as exact decimals."""
-    return float(value) if isinstance(value, Decimal) else value
-
-
-def _exact_share(value: Any) -> Any:
-    """Keeps the digits that were written; a binary float would make 0.29 a little less."""
-    if isinstance(value, bool) or not isinstance(value, int | Decimal):
-        raise ValueError("not a number")
-    share = Decimal(value)
-    exponent = share.normalize().as_tuple().exponent if share.is_finite() else None
-    if not isinstance(exponent, int) or -exponent > ALPHA_DECIMALS:
-        raise ValueError("not finite, or too many decimal places")
-    return share
-
-
-Text = Annotated[str, Strict(), MinLen(1)]
-Flag = Annotated[bool, Strict()]
-Count = Annotated[int, BeforeValidator(_whole), Strict(), Ge(1), Le(LARGEST)]
-CountOrZero = Annotated[int, BeforeValidator(_whole), Strict(), Ge(0), Le(LARGEST)]
-Positive = Annotated[float, BeforeValidator(_real), Strict(), AllowInfNan(False), Gt(0)]
-NotNegative = Annotated[float, BeforeValidator(_real), Strict(), AllowInfNan(False), Ge(0)]
-Share = Annotated[float, BeforeValidator(_real), Strict(), AllowInfNan(False), Ge(0), Le(1)]
-ShareBelowOne = Annotated[float, BeforeValidator(_real), Strict(), AllowInfNan(False), Ge(0), Lt(1)]
-Alpha = Annotated[
-    Decimal,
-    BeforeValidator(_exact_share),
-    Ge(0),
-    Lt(1),
-    Note(
-        f"with at most {ALPHA_DECIMALS} decimal places, taken exactly; "
-        "1 would leave no fresh row in a batch, so that no task ever advances"
-    ),
-]
+from megatron_mer.config.field_types import (
+    Alpha,
+    Count,
+    CountOrZero,
+    Flag,
+    Note,
+    NotNegative,
+    Positive,
+    Share,
+    ShareBelowOne,
+    Text,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +284,14 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay; those at ends of tasks stay besides, always."""
     keep_every: Count | None = None
     """Those at every so many steps stay too, of the ones that are written."""
+    init_from: Text | None = None
+    """RUN@STEP, a checkpoint of another run whose weights this one starts from; its step, learning
+    rate and stream begin anew."""
+    init_weights: Literal["fast", "anchor", "fast_and_moments"] = "fast"
+    """What is taken of it: the weights, Reptile's anchor, or the weights with Adam's moments."""
+    init_stream: Literal["ledger", "none"] = "ledger"
+    """ledger: what that run was trained on stands before the stream as trained_before entries,
+    unless the stream has such entries; none: it does not."""
 
 
 @dataclass(frozen=True, kw_only=True)

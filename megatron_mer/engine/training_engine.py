@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -239,6 +239,23 @@ class TrainingEngine:
         if updates > 0:
             self.masters.create_moments(updates)
         reader.fill_all(self.fragments(extra))
+        self.masters.publish()
+
+    @torch.no_grad()
+    def start_from(self, reader: CheckpointReader, kind: str, updates: int) -> None:
+        """Take another run's weights, before anything was trained. Collective.
+
+        Args:
+            reader: the open checkpoint.
+            kind: what becomes the masters: ``master`` or ``anchor``.
+            updates: applied updates behind Adam's moments, which are taken too; 0: they are not.
+        """
+        if updates > 0:
+            self.masters.create_moments(updates)
+        reader.fill_all(
+            fragment if fragment.kind != "master" else replace(fragment, kind=kind)
+            for fragment in self.fragments({})
+        )
         self.masters.publish()
 
     def _fragment(self, piece: Piece, kind: str, tensor: Tensor) -> Fragment:

@@ -22,7 +22,7 @@ from megatron_mer.optim.schedule import horizon
 from megatron_mer.training.learning_rate import lr_of
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
-from megatron_mer.training.resume import changes, incomparable, resumed
+from megatron_mer.training.resume import changes, incomparable, resumed, settings
 from megatron_mer.training.run_state import RunState
 
 if TYPE_CHECKING:
@@ -248,7 +248,10 @@ def _resume(start: _Start, outputs: RunDirectory, fresh: bool) -> str:
             )
         return f"a new run; the earlier one would be renamed to {outputs.root.name}.before_TIME"
     if start.checkpoint is None:
-        return "a run without a checkpoint, which begins at batch 0" if earlier else "a new run"
+        init = settings(start.prepared)["init"]
+        weights = f", with the weights {init}" if init else ""
+        begins = "a run without a checkpoint, which begins at batch 0" if earlier else "a new run"
+        return begins + weights
     where = f"batch {start.state.batches:,} from {start.checkpoint.path}"
     if start.refusal is not None:
         return f"it would resume after {where}, but not with this configuration: see below"

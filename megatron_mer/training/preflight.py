@@ -20,6 +20,7 @@ from megatron_mer.log import get_logger
 from megatron_mer.optim.schedule import check_schedule
 from megatron_mer.training.learning_rate import check_tasks
 from megatron_mer.training.outputs import RunDirectory
+from megatron_mer.training.warm_start import warm_start_problems, with_old_stream
 
 logger = get_logger(__name__)
 
@@ -55,12 +56,15 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
             that was changed on the way asks for other samples than one that begins now.
     """
     problems: list[Problem] = []
+    config = with_old_stream(config, fresh)
     tokenizer = _collect(problems, "tokenizer", lambda: load_tokenizer(config.tokenizer))
     if tokenizer is not None:
         resolved = _collect(
             problems, "model.vocab_size", lambda: resolve_vocab(config, tokenizer.vocab_size)
         )
         config = resolved or config
+        fits = functools.partial(_warm_start, config, tokenizer.fingerprint, fresh)
+        problems += _collect(problems, "checkpoint.init_from", fits) or []
     problems += check_layout(config, world_size)
     problems += missing_trackers(config)
     training = dict(_open_training(config, tokenizer, problems))
@@ -75,6 +79,10 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
     if problems or tokenizer is None or plan is None:
         raise ConfigError(problems)
     return Prepared(config, tokenizer, training, valid, plan)
+
+
+def _warm_start(config: RunConfig, fingerprint: str, fresh: bool) -> list[Problem]:
+    return list(warm_start_problems(config, fingerprint, fresh))
 
 
 def missing_trackers(config: RunConfig) -> Iterator[Problem]:

@@ -39,7 +39,14 @@ def settings(prepared: Prepared) -> dict[str, Any]:
         "optimizer": _json(asdict(config.optimizer)),
         "schedule": _json(asdict(config.schedule)),
         "reptile": _json(asdict(config.reptile)) if config.reptile else None,
+        "init": _init(config),
     }
+
+
+def _init(config: RunConfig) -> str | None:
+    if config.checkpoint.init_from is None:
+        return None
+    return f"{config.checkpoint.init_weights} of {config.checkpoint.init_from}"
 
 
 def _json(section: dict[str, Any]) -> dict[str, Any]:
@@ -179,6 +186,9 @@ def _fixed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
         if key not in ("size", "seq_length") and was["model"].get(key) != value:
             given = f"given {value}, but the run began with {was['model'].get(key)}"
             yield Problem(f"model.{key}", given, remedy=_REMEDY)
+    if was.get("init") != now["init"]:
+        given = f"given {now['init']}, but the run began with {was.get('init')}"
+        yield Problem("checkpoint.init_from", given, remedy=_REMEDY)
     if was["precision"] != now["precision"]:
         given = f"given {now['precision']}, but the run began with {was['precision']}"
         yield Problem("precision", given, remedy=_REMEDY)

@@ -28,6 +28,8 @@ class RunState:
     """Wall time spent in steps and evaluations, all starts together."""
     skipped_in_a_row: int = 0
     """Batches without an update since the last update."""
+    updates_before: int = 0
+    """Updates of another run behind the moments that this one began with."""
 
     def to_json(
         self,
@@ -49,6 +51,7 @@ class RunState:
             "horizon": self.horizon,
             "seconds": self.seconds,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "updates_before": self.updates_before,
             "history": history,
             "settings": dict(settings),
             "reptile": reptile,
@@ -67,6 +70,8 @@ class RunState:
                 f"the checkpoint's run state has format {version}; this version reads "
                 f"{FORMAT_VERSION}. Resume it with the version that wrote it"
             )
+        # Runs of before had no such start.
+        content = {"updates_before": 0, **content}
         missing = [key for key in (*vars(cls()), "history", "settings") if key not in content]
         if missing:
             raise CheckpointError(
@@ -79,4 +84,5 @@ class RunState:
             horizon=int(content["horizon"]),
             seconds=float(content["seconds"]),
             skipped_in_a_row=int(content["skipped_in_a_row"]),
+            updates_before=int(content["updates_before"]),
         )

@@ -33,6 +33,7 @@ from megatron_mer.training.resume import changes, incomparable, resumed
 from megatron_mer.training.run_state import RunState
 from megatron_mer.training.summary import show_results, write_results
 from megatron_mer.training.trackers import Tracker, Trackers
+from megatron_mer.training.warm_start import old_run, updates_before
 
 logger = get_logger(__name__)
 
@@ -183,7 +184,7 @@ def _state(
     if prepared.plan.exhausted:
         raise ConfigError(prepared.plan.exhausted)
     steps = horizon(prepared.config.schedule, prepared.plan.total_batches)
-    return prepared, RunState(horizon=steps)
+    return prepared, RunState(horizon=steps, updates_before=updates_before(prepared.config))
 
 
 def _train(
@@ -198,10 +199,14 @@ def _train(
     config = prepared.config
     layout = Layout.of(config.parallel, world_size)
     engine = TrainingEngine(config, layout, rank)
+    if info is None and config.checkpoint.init_from is not None:
+        _take_weights(engine, config, state, rank)
     reptile = Reptile(config.reptile, engine.masters) if config.reptile else None
     if info is not None:
         reader = CheckpointReader(info.path, rank=rank, verified=True)
-        engine.load(reader, state.updates, reptile.tensors() if reptile else {})
+        engine.load(
+            reader, state.updates + state.updates_before, reptile.tensors() if reptile else {}
+        )
         if reptile:
             reptile.restore_counters(info.run_state["reptile"])
     dist.barrier()
@@ -214,6 +219,23 @@ def _train(
             trainer.run()
     finally:
         trackers.finish()
+
+
+def _take_weights(engine: TrainingEngine, config: RunConfig, state: RunState, rank: int) -> None:
+    """Begin with another run's weights, every byte of them verified. Collective.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole, or lacks something.
+    """
+    text, what = str(config.checkpoint.init_from), config.checkpoint.init_weights
+    path = old_run(text).path
+    problem = first_failure(damaged(path, rank, dist.get_world_size()))
+    if problem is not None:
+        raise CheckpointError(f"checkpoint.init_from: given {text}, which is not whole: {problem}")
+    reader = CheckpointReader(path, rank=rank, verified=True)
+    engine.start_from(reader, "anchor" if what == "anchor" else "master", state.updates_before)
+    if rank == 0:
+        logger.info("starting with the %s of %s", what.replace("_", " "), text)
 
 
 def _trackers(config: RunConfig, outputs: RunDirectory, state: RunState, rank: int) -> Trackers:
