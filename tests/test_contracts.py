@@ -152,8 +152,12 @@ def unknown_options(program: str, arguments: str) -> list[str]:
     """Each option among the arguments that the program's own help does not name."""
     if not (ROOT / program).is_file():
         return [f"{program} does not exist"]
-    known = set(re.findall(r"--[a-z][a-z-]*", run_python(program, "--help").stdout))
-    given = {word.split("=")[0] for word in shlex.split(arguments) if word.startswith("--")}
+    words = shlex.split(arguments)
+    # The help of a program with commands names theirs only behind the command.
+    commands = [words[:1]] if words and re.fullmatch(r"[a-z-]*[a-z]", words[0]) else []
+    helps = [run_python(program, *command, "--help").stdout for command in ([], *commands)]
+    known = set(re.findall(r"--[a-z][a-z-]*", "".join(helps)))
+    given = {word.split("=")[0] for word in words if word.startswith("--")}
     return [f"{program} has no {option}" for option in sorted(given - known)]
 
 

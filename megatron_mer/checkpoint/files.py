@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,18 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def safetensors_chunks(fragments: Sequence[Fragment]) -> Iterator[bytes | memoryview]:
+def safetensors_chunks(
+    fragments: Sequence[Fragment], read: Callable[[Fragment], torch.Tensor]
+) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time.
 
     The format is 8 bytes of header length (little endian), a JSON header, then the tensors
     without a gap. Writing it here and not with `safetensors.torch.save_file` keeps the host memory
     at one fragment beyond the live state: that function first turns all tensors into bytes.
+
+    Args:
+        fragments: what goes in; of their tensors only size and dtype are looked at.
+        read: gives a fragment's elements when it is its turn.
     """
     # Wide dtypes first: with a header padded to 8 bytes every tensor is then aligned.
     ordered = sorted(fragments, key=lambda fragment: -fragment.tensor.element_size())
@@ -119,7 +125,7 @@ def safetensors_chunks(fragments: Sequence[Fragment]) -> Iterator[bytes | memory
     yield len(text).to_bytes(8, "little")
     yield text
     for fragment in ordered:
-        yield _raw(fragment.tensor)
+        yield _raw(read(fragment))
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:

@@ -42,6 +42,32 @@ class _Stored:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """One quantity of one parameter, as a checkpoint holds it."""
+
+    name: str
+    """Canonical name."""
+    kind: str
+    """One of `KINDS`."""
+    global_shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    tp_dim: int | None
+    """Dim that tensor parallelism cut; None: it was whole on every tensor rank."""
+    dtype: torch.dtype
+    """Of the stored numbers."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return math.prod(self.global_shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole parameter."""
+        return self.numel * self.dtype.itemsize
+
+
 class CheckpointReader:
     """Fills fragments from a checkpoint.
 
@@ -97,6 +123,18 @@ class CheckpointReader:
         flat = torch.empty(math.prod(shape), dtype=_DTYPES[piece.dtype])
         self.fill(Fragment(name, kind, shape, piece.tp_dim, 0, 1, 0, flat))
         return flat.view(shape)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Every quantity of every parameter, once, in the order of the ranks that wrote them."""
+        seen = set()
+        for rank in range(self.world_size):
+            for key, piece in self._index(rank).items():
+                if key in seen:
+                    continue
+                seen.add(key)
+                kind, _, name = key.partition("/")
+                dtype = _DTYPES[piece.dtype]
+                yield Parameter(name, kind, piece.global_shape, piece.tp_dim, dtype)
 
     def fill(self, fragment: Fragment) -> None:
         """Copy the stored elements into `fragment.tensor`.

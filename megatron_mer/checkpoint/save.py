@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event
+
+import torch
 
 from megatron_mer.checkpoint.files import (
     remove_directory,
@@ -65,8 +67,13 @@ def prepare(root: Path) -> None:
 
 
 def write_rank(
-    temporary: Path, fragments: Sequence[Fragment], rank: int, world_size: int, stop: Event
-) -> int:
+    temporary: Path,
+    fragments: Sequence[Fragment],
+    rank: int,
+    world_size: int,
+    stop: Event,
+    read: Callable[[Fragment], torch.Tensor] = lambda fragment: fragment.tensor,
+) -> None:
     """Write one rank's part and flush it to the disk.
 
     Args:
@@ -75,9 +82,7 @@ def write_rank(
         rank: this rank.
         world_size: number of ranks.
         stop: when set, the write ends with `WriteStopped`.
-
-    Returns:
-        Bytes of the tensors.
+        read: gives a fragment's elements when they are written; default: they are there.
 
     Raises:
         OSError: the disk is full, or the like.
@@ -87,7 +92,7 @@ def write_rank(
     if repeated:
         raise ValueError(f"two fragments of one rank share a key: {', '.join(repeated)}")
     temporary.mkdir(parents=True, exist_ok=True)
-    chunks = _stoppable(safetensors_chunks(fragments), stop)
+    chunks = _stoppable(safetensors_chunks(fragments, read), stop)
     facts = write_bytes(temporary / f"{rank_name(rank)}.safetensors", chunks)
     index = {
         "format": FORMAT_VERSION,
@@ -98,7 +103,6 @@ def write_rank(
     }
     write_json(temporary / f"{rank_name(rank)}.json", index)
     sync_directory(temporary)
-    return facts.bytes
 
 
 def _stoppable(chunks: Iterator[bytes | memoryview], stop: Event) -> Iterator[bytes | memoryview]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from megatron_mer.parallel import ParallelKind
 
+_DIMS: Mapping[ParallelKind, int] = {"column": 0, "column_region": 0, "vocab": 0, "row": 1}
+
 # By the layer's name up to its first dot, then by the module's path inside the layer. "region": its
 # input enters the tensor-parallel region once, so that q, k and v share one all-reduce of the
 # gradient.
@@ -25,3 +27,17 @@ LLAMA_PLAN: Mapping[str, Mapping[str, ParallelKind]] = {
     "final_norm": {},
     "head": {"": "column_region"},
 }
+
+
+def cut_dim(name: str) -> int | None:
+    """The dim along which tensor parallelism cuts a parameter; None: every tensor rank has it.
+
+    Args:
+        name: canonical, as "layers.3.attention.q_proj.weight".
+    """
+    layer, _, rest = name.partition(".")
+    if layer == "layers":
+        rest = rest.partition(".")[2]
+    module, _, tensor = rest.rpartition(".")
+    kind = LLAMA_PLAN[layer].get(module)
+    return _DIMS.get(kind) if kind is not None and tensor == "weight" else None
