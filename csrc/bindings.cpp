@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "buffer_log.hpp"
 #include "plan.hpp"
 #include "reader_bindings.hpp"
 
@@ -45,20 +46,23 @@ mer::SpanSpec make_spec(i64 position, i64 task, const Array<i64>& datasets,
 }
 
 std::unique_ptr<mer::Plan> make_plan(u64 seed, const Array<u64>& dataset_keys,
-                                     const Array<i64>& dataset_sizes) {
+                                     const Array<i64>& dataset_sizes,
+                                     const Array<i64>& buffer_capacities, bool buffer_by_task) {
     std::vector<u64> keys = to_vector(dataset_keys, "dataset_keys");
     std::vector<i64> sizes = to_vector(dataset_sizes, "dataset_sizes");
+    mer::BufferSpec buffer{to_vector(buffer_capacities, "buffer_capacities"), buffer_by_task};
     const py::gil_scoped_release unlocked;
-    return std::make_unique<mer::Plan>(seed, std::move(keys), std::move(sizes));
+    return std::make_unique<mer::Plan>(seed, std::move(keys), std::move(sizes), std::move(buffer));
 }
 
 void append(mer::Plan& plan, i64 first_batch, i64 global_batch_size, i64 alpha_numerator,
             i64 alpha_denominator, bool include_current_task, const Array<double>& task_weights,
-            const std::vector<mer::SpanSpec>& spans) {
+            bool from_buffer, const Array<i64>& dropped, const std::vector<mer::SpanSpec>& spans) {
     mer::ReplaySpec replay{mer::Fraction{alpha_numerator, alpha_denominator}, include_current_task,
-                           to_vector(task_weights, "task_weights")};
+                           to_vector(task_weights, "task_weights"), from_buffer};
+    std::vector<i64> gone = to_vector(dropped, "dropped");
     const py::gil_scoped_release unlocked;
-    plan.append(first_batch, global_batch_size, std::move(replay), spans);
+    plan.append(first_batch, global_batch_size, std::move(replay), std::move(gone), spans);
 }
 
 // A row a span: position, task, segment, first batch, last batch, trained before.
@@ -85,14 +89,15 @@ py::tuple rows(const mer::Plan& plan, i64 batch, i64 start, std::optional<i64> s
     }
     Array<std::uint8_t> kind(size);
     Array<std::int32_t> entry(size), dataset(size);
-    Array<i64> sample(size), ordinal(size);
-    const mer::RowColumns columns{kind.mutable_data(), entry.mutable_data(), dataset.mutable_data(),
-                                  sample.mutable_data(), ordinal.mutable_data()};
+    Array<i64> sample(size), ordinal(size), slot(size);
+    const mer::RowColumns columns{kind.mutable_data(),    entry.mutable_data(),
+                                  dataset.mutable_data(), sample.mutable_data(),
+                                  ordinal.mutable_data(), slot.mutable_data()};
     {
         const py::gil_scoped_release unlocked;
         plan.rows(batch, start, end, columns);
     }
-    return py::make_tuple(kind, entry, dataset, sample, ordinal);
+    return py::make_tuple(kind, entry, dataset, sample, ordinal, slot);
 }
 
 template <class T>
@@ -141,13 +146,24 @@ void bind_plan(py::module_& module) {
         .def(py::init(&make_spec), py::kw_only(), "position"_a.noconvert(), "task"_a.noconvert(),
              "datasets"_a.noconvert(), "weights"_a.noconvert(), "batches"_a.noconvert(),
              "fresh_rows"_a.noconvert(), "trained_before"_a.noconvert());
+    static py::exception<mer::BufferEmpty> empty(module, "BufferEmpty", PyExc_ValueError);
+    py::register_exception_translator([](std::exception_ptr pointer) {
+        try {
+            if (pointer) std::rethrow_exception(pointer);
+        } catch (const mer::BufferEmpty& error) {
+            PyErr_SetObject(empty.ptr(), py::make_tuple(error.batch, error.task).ptr());
+        }
+    });
     py::class_<mer::Plan>(module, "Plan")
         .def(py::init(&make_plan), py::kw_only(), "seed"_a.noconvert(),
-             "dataset_keys"_a.noconvert(), "dataset_sizes"_a.noconvert())
+             "dataset_keys"_a.noconvert(), "dataset_sizes"_a.noconvert(),
+             "buffer_capacities"_a.noconvert(), "buffer_by_task"_a.noconvert())
         .def("append", &append, py::kw_only(), "first_batch"_a.noconvert(),
              "global_batch_size"_a.noconvert(), "alpha_numerator"_a.noconvert(),
              "alpha_denominator"_a.noconvert(), "include_current_task"_a.noconvert(),
-             "task_weights"_a.noconvert(), "spans"_a)
+             "task_weights"_a.noconvert(), "from_buffer"_a.noconvert(), "dropped"_a.noconvert(),
+             "spans"_a)
+        .def_property_readonly("num_slots", &mer::Plan::num_slots)
         .def_property_readonly("total_batches", &mer::Plan::total_batches)
         .def("global_batch_size", &mer::Plan::global_batch_size, "batch"_a.noconvert(), Unlocked())
         .def("spans", &spans)
@@ -166,6 +182,61 @@ void bind_plan(py::module_& module) {
         .def("mark_skipped", &mer::Plan::mark_skipped, "batch"_a.noconvert(), Unlocked())
         .def("skipped", [](const mer::Plan& plan) { return to_array(plan.skipped()); })
         .def("ledger", &ledger, "batches"_a.noconvert());
+}
+
+py::tuple to_tuple(const mer::BufferLog::Writes& writes) {
+    return py::make_tuple(to_array(writes.position), to_array(writes.source),
+                          to_array(writes.ordinal), to_array(writes.dataset),
+                          to_array(writes.sample));
+}
+
+Array<i64> find(const mer::BufferLog& log, const Array<i64>& slots, const Array<i64>& ordinals) {
+    std::vector<i64> found = to_vector(slots, "slots");
+    const std::vector<i64> rows = to_vector(ordinals, "ordinals");
+    if (rows.size() != found.size()) throw std::invalid_argument("as many ordinals as slots");
+    {
+        const py::gil_scoped_release unlocked;
+        for (std::size_t i = 0; i < found.size(); ++i) found[i] = log.find(found[i], rows[i]);
+    }
+    return to_array(found);
+}
+
+void bind_buffer(py::module_& module) {
+    using Unlocked = py::call_guard<py::gil_scoped_release>;
+    using mer::BufferLog;
+    // The plan lives as long as the log, which refers to it.
+    py::class_<BufferLog>(module, "BufferLog")
+        .def(py::init<const mer::Plan&, i64>(), "plan"_a, "segment_records"_a.noconvert(),
+             py::keep_alive<1, 2>())
+        .def_property_readonly("batch", &BufferLog::batch)
+        .def_property_readonly("tail", &BufferLog::tail)
+        .def("live_segments",
+             [](const BufferLog& log) {
+                 const py::gil_scoped_release unlocked;
+                 return log.live_segments();
+             })
+        .def("content",
+             [](const BufferLog& log) {
+                 BufferLog::Writes writes;
+                 {
+                     const py::gil_scoped_release unlocked;
+                     writes = log.content();
+                 }
+                 return to_tuple(writes);
+             })
+        .def(
+            "advance",
+            [](BufferLog& log, i64 batch) {
+                BufferLog::Writes writes;
+                {
+                    const py::gil_scoped_release unlocked;
+                    writes = log.advance(batch);
+                }
+                return to_tuple(writes);
+            },
+            "batch"_a.noconvert())
+        .def("settle", &BufferLog::settle, "batch"_a.noconvert(), Unlocked())
+        .def("find", &find, "slots"_a.noconvert(), "ordinals"_a.noconvert());
 }
 
 void bind_parts(py::module_& module) {
@@ -221,5 +292,6 @@ PYBIND11_MODULE(_index, module) {
     module.doc() = "Plans of a run: which sample stands at which place of which batch.";
     bind_parts(module);
     bind_plan(module);
+    bind_buffer(module);
     bind_reader(module);
 }

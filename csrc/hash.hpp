@@ -24,7 +24,7 @@ inline u64 mix64(u64 x) {
 constexpr u64 kGolden = 0x9E3779B97F4A7C15ULL;
 
 // What a hash is for; two uses never share a key.
-enum class Domain : u64 { permutation = 1, placement = 2, replay = 3 };
+enum class Domain : u64 { permutation = 1, placement = 2, replay = 3, reservoir = 4, slot = 5 };
 
 template <class... Words>
 u64 keyed_hash(u64 seed, Domain domain, Words... words) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <mutex>
 #include <shared_mutex>
 #include <stdexcept>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "hash.hpp"
+#include "held.hpp"
 #include "permutation.hpp"
 #include "schedule.hpp"
 
@@ -22,6 +24,14 @@ struct RowColumns {
     std::int32_t* dataset;
     i64* sample;
     i64* ordinal;
+    i64* slot;  // of the buffer that the row is replayed from, or -1
+};
+
+// A replay row was to be drawn, but the buffer holds none that it may be.
+struct BufferEmpty : std::runtime_error {
+    BufferEmpty(i64 batch, i64 task)
+        : std::runtime_error("the buffer holds no row to replay"), batch(batch), task(task) {}
+    i64 batch, task;
 };
 
 // What the first `batches` batches took.
@@ -35,8 +45,13 @@ struct Ledger {
 // Any number of threads may ask while another marks a batch as skipped.
 class Plan {
   public:
-    Plan(u64 seed, std::vector<u64> dataset_keys, std::vector<i64> dataset_sizes)
-        : seed_(seed), dataset_keys_(std::move(dataset_keys)), schedule_(std::move(dataset_sizes)) {
+    Plan(u64 seed, std::vector<u64> dataset_keys, std::vector<i64> dataset_sizes,
+         BufferSpec buffer = {})
+        : seed_(seed),
+          dataset_keys_(std::move(dataset_keys)),
+          buffer_(std::move(buffer)),
+          schedule_(std::move(dataset_sizes)) {
+        buffer_.check();
         if (dataset_keys_.size() != schedule_.dataset_sizes().size()) {
             throw std::invalid_argument(
                 std::to_string(dataset_keys_.size()) + " dataset keys were given for " +
@@ -47,7 +62,7 @@ class Plan {
         }
     }
 
-    void append(i64 first_batch, i64 global_batch_size, ReplaySpec replay,
+    void append(i64 first_batch, i64 global_batch_size, ReplaySpec replay, std::vector<i64> dropped,
                 const std::vector<SpanSpec>& specs) {
         const std::unique_lock lock(mutex_);
         const bool past =
@@ -57,8 +72,11 @@ class Plan {
                                         " cannot follow skipped batch " +
                                         std::to_string(skipped_.intervals().back().batch));
         }
-        schedule_.append(first_batch, global_batch_size, std::move(replay), specs, skipped_);
+        check_buffer(replay, specs);
+        schedule_.append(first_batch, global_batch_size, std::move(replay), std::move(dropped),
+                         specs, skipped_);
         replayed_ = Replayed();
+        held_ = Held();
     }
 
     i64 total_batches() const {
@@ -118,20 +136,57 @@ class Plan {
                                         std::to_string(stop) + " are not within a batch of " +
                                         std::to_string(rows_of(*view.span)));
         }
+        std::unique_lock holding(held_mutex_, std::defer_lock);
+        if (from_buffer(view)) {
+            holding.lock();
+            if (held_.batch() > batch) held_ = Held();
+            held_.advance(world(), batch, Nobody());
+        }
         const Permutation& placement = schedule_.segment_of(*view.span).placement;
         const u64 key = keyed_hash(seed_, Domain::placement, batch);
         for (i64 place = start; place < stop; ++place) {
             const i64 row = static_cast<i64>(placement.forward(key, static_cast<u64>(place)));
             const bool replay = row >= view.fresh;
-            const i64 ordinal = replay ? draw(view, row - view.fresh) : view.first_ordinal + row;
-            const Source source = locate(ordinal);
+            const Drawn drawn = replay ? draw(view, row - view.fresh, held_)
+                                       : Drawn{view.first_ordinal + row, Reservoirs::kNone};
+            const Source source = locate(drawn.ordinal);
             const i64 at = place - start;
             out.kind[at] = replay ? 1 : 0;
             out.entry[at] = static_cast<std::int32_t>(source.span);
             out.dataset[at] = static_cast<std::int32_t>(source.dataset);
             out.sample[at] = sample_of(source);
-            out.ordinal[at] = ordinal;
+            out.ordinal[at] = drawn.ordinal;
+            out.slot[at] = drawn.slot;
         }
+    }
+
+    // Lets all rows of batches before `batch` enter a buffer that stands at an earlier one, and
+    // begins that batch's span. Batches that are not applied must be marked before.
+    //   sink.entered(slot, live): a row took a slot (kNone: it did not); sink.emptied(slot)
+    template <class Sink>
+    void advance_buffer(Held& held, i64 batch, Sink&& sink) const {
+        const std::shared_lock lock(mutex_);
+        if (!buffer_.given()) throw std::invalid_argument("the plan has no buffer");
+        if (batch < held.batch() || batch > schedule_.total_batches()) {
+            throw std::invalid_argument("a buffer at batch " + std::to_string(held.batch()) +
+                                        " cannot advance to batch " + std::to_string(batch) +
+                                        " of " + std::to_string(schedule_.total_batches()));
+        }
+        held.advance(world(), batch, sink);
+    }
+
+    // Ordinal, dataset and sample of a row by its live index, as known before a batch.
+    std::array<i64, 3> source_of_live(i64 live, i64 batch) const {
+        const std::shared_lock lock(mutex_);
+        const i64 ordinal = skipped_.ordinal_of_live(live, skipped_.count_before(batch));
+        const Source source = locate(ordinal);
+        return {ordinal, source.dataset, sample_of(source)};
+    }
+
+    i64 num_slots() const {
+        i64 total = 0;
+        for (const i64 capacity : buffer_.capacities) total += capacity;
+        return total;
     }
 
     void mark_skipped(i64 batch) {
@@ -140,6 +195,7 @@ class Plan {
         skipped_.add(batch, schedule_.first_ordinal(batch), fresh);
         schedule_.update(skipped_);
         if (batch < replayed_.batches) replayed_ = Replayed();
+        if (batch < held_.batch()) held_ = Held();
     }
 
     std::vector<i64> skipped() const {
@@ -184,8 +240,34 @@ class Plan {
 
     struct Replayed {
         i64 batches = 0;
-        std::vector<std::vector<i64>> counts;
+        std::vector<std::vector<i64>> counts{};
+        Held held{};
     };
+
+    struct Drawn {
+        i64 ordinal;
+        i64 slot;  // kNone: not from the buffer
+    };
+
+    void check_buffer(const ReplaySpec& replay, const std::vector<SpanSpec>& specs) const {
+        if (!replay.from_buffer) return;
+        if (!buffer_.given()) throw std::invalid_argument("replay from a buffer without capacity");
+        if (replay.by_task() && !buffer_.by_task) {
+            throw std::invalid_argument("replay by task needs a capacity for each task");
+        }
+        for (const SpanSpec& spec : specs) {
+            if (buffer_.group_of(spec.task) >= static_cast<i64>(buffer_.capacities.size())) {
+                throw std::invalid_argument("task " + std::to_string(spec.task) +
+                                            " has no capacity in the buffer");
+            }
+        }
+    }
+
+    HeldWorld world() const { return {seed_, buffer_, schedule_, skipped_}; }
+
+    bool from_buffer(const Batch& view) const {
+        return schedule_.segment_of(*view.span).replay.from_buffer;
+    }
 
     i64 rows_of(const Span& span) const { return schedule_.segment_of(span).global_batch_size; }
 
@@ -214,10 +296,26 @@ class Plan {
     }
 
     // A uniform draw over the live ordinals of the pool, or of one of its tasks.
-    i64 draw(const Batch& view, i64 replay_row) const {
+    i64 draw_of_pool(const Batch& view, i64 replay_row) const {
         const u64 hash = keyed_hash(seed_, Domain::replay, view.number, replay_row);
         const i64 live = view.span->pool.draw(view.replayed + replay_row, hash, view.own);
         return skipped_.ordinal_of_live(live, view.skips);
+    }
+
+    // From a buffer with a capacity for each task, the pool's draw decides the task, and a second
+    // one the row of that task.
+    Drawn draw(const Batch& view, i64 replay_row, const Held& held) const {
+        if (!from_buffer(view)) return {draw_of_pool(view, replay_row), Reservoirs::kNone};
+        i64 task = 0;
+        if (buffer_.by_task) {
+            const i64 span = schedule_.span_of_ordinal(draw_of_pool(view, replay_row));
+            task = schedule_.spans()[span].spec.task;
+        }
+        const u64 hash = keyed_hash(seed_, Domain::slot, view.number, replay_row);
+        const i64 slot = held.reservoirs().draw(buffer_.group_of(task), hash);
+        if (slot == Reservoirs::kNone) throw BufferEmpty(view.number, task);
+        const i64 live = held.reservoirs().row_in(slot);
+        return {skipped_.ordinal_of_live(live, skipped_.count_before(view.number)), slot};
     }
 
     Source locate(i64 ordinal) const {
@@ -272,8 +370,9 @@ class Plan {
         for (; counted.batches < batches; ++counted.batches) {
             if (skipped_.run_from(counted.batches) > 0) continue;
             const Batch view = look_at(counted.batches);
+            if (from_buffer(view)) counted.held.advance(world(), counted.batches, Nobody());
             for (i64 row = 0; row < rows_of(*view.span) - view.fresh; ++row) {
-                const Source source = locate(draw(view, row));
+                const Source source = locate(draw(view, row, counted.held).ordinal);
                 ++counted.counts[source.span][source.leaf];
             }
         }
@@ -283,12 +382,15 @@ class Plan {
 
     const u64 seed_;
     const std::vector<u64> dataset_keys_;
+    const BufferSpec buffer_;
     Schedule schedule_;
     std::vector<Permutation> permutations_;
     SkippedBatches skipped_;
     mutable std::shared_mutex mutex_;  // guards schedule_ and skipped_
     Replayed replayed_;                // guarded by mutex_ alone, or shared with replayed_mutex_
     std::mutex replayed_mutex_;
+    mutable Held held_;  // where `rows` stands; guarded by mutex_ alone, or shared with held_mutex_
+    mutable std::mutex held_mutex_;
 };
 
 }  // namespace mer

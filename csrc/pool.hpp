@@ -18,6 +18,7 @@ struct ReplaySpec {
     Fraction alpha;
     bool include_current_task = false;
     std::vector<double> task_weights;
+    bool from_buffer = false;  // rows that a buffer holds, not any that was consumed
 
     bool by_task() const { return !task_weights.empty(); }
     bool may_replay(i64 task) const { return !by_task() || task_weights[task] > 0; }

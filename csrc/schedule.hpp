@@ -31,7 +31,8 @@ struct Segment {
     i64 first_batch;
     i64 global_batch_size;
     ReplaySpec replay;
-    Permutation placement;  // of the rows of a batch
+    Permutation placement;     // of the rows of a batch
+    std::vector<i64> dropped;  // tasks whose rows of earlier segments are never replayed again
 };
 
 // The part of an entry that one segment trains.
@@ -63,7 +64,7 @@ class Schedule {
     }
 
     // Ends what was planned at `first_batch` and goes on with the spans of a new segment.
-    void append(i64 first_batch, i64 global_batch_size, ReplaySpec replay,
+    void append(i64 first_batch, i64 global_batch_size, ReplaySpec replay, std::vector<i64> dropped,
                 const std::vector<SpanSpec>& specs, const SkippedBatches& skipped) {
         replay.alpha.check();
         require(global_batch_size >= 1, "global_batch_size", global_batch_size, "at least 1");
@@ -78,7 +79,7 @@ class Schedule {
         }
         cut(first_batch);
         segments_.push_back({first_batch, global_batch_size, std::move(replay),
-                             Permutation(static_cast<u64>(global_batch_size))});
+                             Permutation(static_cast<u64>(global_batch_size)), std::move(dropped)});
         for (const SpanSpec& spec : specs) spans_.push_back(make_span(spec));
         lay_out(skipped);
     }
@@ -87,6 +88,24 @@ class Schedule {
     const std::vector<Span>& spans() const { return spans_; }
     i64 total_batches() const { return total_batches_; }
     const Segment& segment_of(const Span& span) const { return segments_[span.segment]; }
+    const std::vector<Segment>& segments() const { return segments_; }
+
+    // Whether a span's rows were dropped when a segment began, that one or one before it.
+    bool is_dropped(const Span& span, i64 segment) const {
+        for (i64 later = span.segment + 1; later <= segment; ++later) {
+            const std::vector<i64>& gone = segments_[later].dropped;
+            if (std::find(gone.begin(), gone.end(), span.spec.task) != gone.end()) return true;
+        }
+        return false;
+    }
+
+    // Ordinals that skipped batches spent before a span: none of its own segment for one trained
+    // before, whose ordinals come first there.
+    i64 spent_before(const Span& span, const SkippedBatches& skipped) const {
+        const i64 batch =
+            span.spec.trained_before ? segment_of(span).first_batch : span.first_batch;
+        return skipped.total_of(skipped.count_before(batch));
+    }
 
     // Moves what depends on the skipped batches: pools, where they begin, what follows from it.
     void update(const SkippedBatches& skipped) { lay_out(skipped); }
@@ -284,14 +303,6 @@ class Schedule {
         if (span.ordinals > 0) by_ordinal_.push_back(index);
     }
 
-    // Ordinals that skipped batches spent before a span: none of its own segment for one trained
-    // before, whose ordinals come first there.
-    i64 spent_before(const Span& span, const SkippedBatches& skipped) const {
-        const i64 batch =
-            span.spec.trained_before ? segment_of(span).first_batch : span.first_batch;
-        return skipped.total_of(skipped.count_before(batch));
-    }
-
     void place_pool(Span& span, const SkippedBatches& skipped) const {
         const ReplaySpec& replay = segment_of(span).replay;
         const i64 own_start = total_ordinals_ - spent_before(span, skipped);
@@ -300,6 +311,7 @@ class Schedule {
             const Span& one = spans_[index];
             const bool same = one.spec.position == span.spec.position && !one.spec.trained_before;
             if (same && !replay.include_current_task) continue;
+            if (is_dropped(one, span.segment)) continue;
             const i64 before = spent_before(one, skipped);
             const i64 after = one.spec.trained_before
                                   ? before

@@ -50,7 +50,11 @@ class Plan:
         seed: int,
         dataset_keys: NDArray[np.uint64],
         dataset_sizes: NDArray[np.int64],
-    ) -> None: ...
+        buffer_capacities: NDArray[np.int64],
+        buffer_by_task: bool,
+    ) -> None:
+        """No capacity: no buffer; one: of all tasks; one a task with `buffer_by_task`."""
+
     def append(
         self,
         *,
@@ -60,9 +64,18 @@ class Plan:
         alpha_denominator: int,
         include_current_task: bool,
         task_weights: NDArray[np.float64],
+        from_buffer: bool,
+        dropped: NDArray[np.int64],
         spans: list[SpanSpec],
     ) -> None:
-        """Ends what was planned at `first_batch` and goes on with a new segment."""
+        """Ends what was planned at `first_batch` and goes on with a new segment.
+
+        dropped: tasks whose rows of earlier segments leave pool and buffer.
+        """
+
+    @property
+    def num_slots(self) -> int:
+        """Rows that the buffer holds at most; 0 without one."""
 
     @property
     def total_batches(self) -> int: ...
@@ -90,8 +103,9 @@ class Plan:
         NDArray[np.int32],
         NDArray[np.int64],
         NDArray[np.int64],
+        NDArray[np.int64],
     ]:
-        """Kind, entry, dataset, sample and ordinal of the rows at places [start, stop)."""
+        """Kind, entry, dataset, sample, ordinal and slot of the rows at places [start, stop)."""
 
     def mark_skipped(self, batch: int) -> None: ...
     def skipped(self) -> NDArray[np.int64]: ...
@@ -106,6 +120,41 @@ class Plan:
         NDArray[np.int64],
     ]:
         """By span: fresh, replayed, skipped by dataset; batches, replay rows, pool batches."""
+
+Writes = tuple[
+    NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]
+]
+"""Position, source (-1: fresh), ordinal, dataset and sample, one element a record."""
+
+class BufferLog:
+    """Where a buffer's records lie: positions in a log, as a function of plan and batch."""
+
+    def __init__(self, plan: Plan, segment_records: int) -> None: ...
+    @property
+    def batch(self) -> int:
+        """Batches whose rows entered."""
+
+    @property
+    def tail(self) -> int:
+        """Positions given out so far."""
+
+    def live_segments(self) -> list[int]:
+        """Segments with rows that the buffer holds, increasing."""
+
+    def content(self) -> Writes:
+        """Every row that the buffer holds; no sources."""
+
+    def advance(self, batch: int) -> Writes:
+        """Lets the rows of the batches before `batch` enter; what that writes."""
+
+    def settle(self, batch: int) -> None:
+        """Everybody can read what the batches before `batch` wrote."""
+
+    def find(self, slots: NDArray[np.int64], ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Position of the row that each slot holds, -1 where it is not settled yet."""
+
+class BufferEmpty(ValueError):
+    """The buffer holds no row that may be replayed. args: batch, task."""
 
 class ReadEnded(ValueError):
     """A file ends too early. args: row, byte, missing bytes."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mer import _index
 from megatron_mer.continual.ledger import Ledger, take_ledger
 from megatron_mer.continual.segments import (
     Progress,
@@ -23,7 +24,7 @@ from megatron_mer.continual.segments import (
     tasks_of,
 )
 from megatron_mer.continual.spec import PlanSpec, problems_of, shortened
-from megatron_mer.errors import CheckpointError, ConfigError, Problem
+from megatron_mer.errors import CheckpointError, ConfigError, DataError, Problem
 from megatron_mer.log import get_logger
 
 logger = get_logger(__name__)
@@ -59,6 +60,8 @@ class Rows:
     ordinal: NDArray[np.int64]
     """(n,) number of the fresh row that this one is, or repeats. Rows trained before take theirs
     when the segment that brings them begins: those of the first segment are the first ones."""
+    slot: NDArray[np.int64]
+    """(n,) slot of the buffer that the row is replayed from; -1: it is read from its dataset."""
 
 
 class Plan:
@@ -146,7 +149,30 @@ class Plan:
         old = cls.from_history(history).segments
         kept = [one for one in old if one.first_batch < batch]
         known = sum(len(one.skipped) for one in kept)
-        return cls._of([*kept, Segment(batch, spec, skips_known=known)], allow_exhausted)
+        dropped = tuple(task for one in old[len(kept) :] for task in one.dropped)
+        made = Segment(batch, spec, skips_known=known, dropped=dropped)
+        return cls._of([*kept, made], allow_exhausted)
+
+    @classmethod
+    def without(
+        cls, history: Sequence[Mapping[str, Any]], tasks: Collection[str], batch: int
+    ) -> Plan:
+        """A plan that from a batch on replays no row of some tasks that was trained before it.
+
+        Rows of these tasks that are trained later may be replayed again.
+
+        Args:
+            history: of the plan that was trained.
+            tasks: their names.
+            batch: batches that were trained.
+
+        Raises:
+            CheckpointError: it is no history of a plan.
+        """
+        plan = cls.continued(history, cls.from_history(history).spec, batch, allow_exhausted=True)
+        *earlier, last = plan.segments
+        dropped = tuple(dict.fromkeys([*last.dropped, *sorted(tasks)]))
+        return cls._of([*earlier, replace(last, dropped=dropped)], allow_exhausted=True)
 
     @classmethod
     def respecified(cls, history: Sequence[Mapping[str, Any]], spec: PlanSpec) -> Plan:
@@ -261,8 +287,13 @@ class Plan:
 
         Raises:
             ValueError: the plan has no such batch, or the batch no such places.
+            DataError: the buffer holds no row that the batch may replay.
         """
-        return Rows(*self._index.rows(batch, start, stop))
+        try:
+            return Rows(*self._index.rows(batch, start, stop))
+        except _index.BufferEmpty as error:
+            tasks = tasks_of(self.segments)
+            raise _empty_buffer(error.args[0], tasks[error.args[1]], self.spec) from error
 
     def replay_rows(self, batch: int) -> int:
         """Number of replay rows of a batch; every rank knows it ahead."""
@@ -344,6 +375,7 @@ class Plan:
         return {
             "first_batch": segment.first_batch,
             "skips_known": segment.skips_known,
+            **({"dropped": list(segment.dropped)} if segment.dropped else {}),
             **segment.spec.to_json(),
             "batches": batches,
         }
@@ -381,7 +413,19 @@ class Plan:
 
 def _segment(values: Mapping[str, Any]) -> Segment:
     spec, skipped = PlanSpec.from_json(values), tuple(batches_of(values["skipped"]))
-    return Segment(values["first_batch"], spec, skipped, values.get("skips_known", 0))
+    dropped = tuple(values.get("dropped", ()))
+    return Segment(values["first_batch"], spec, skipped, values.get("skips_known", 0), dropped)
+
+
+def _empty_buffer(batch: int, task: str, spec: PlanSpec) -> DataError:
+    capacity = spec.replay.capacity if spec.replay else None
+    what = f"of task {task!r} " if isinstance(capacity, Mapping) else ""
+    return DataError(
+        f"batch {batch}: the replay buffer holds no sample {what}that may be replayed: all that it "
+        f"held were displaced by the task in training. Its capacity (replay.capacity_samples, "
+        f"{capacity}) is too small beside that task; begin anew with a larger one, with one for "
+        "each task, or with replay.include_current_task: true"
+    )
 
 
 def _appends(old: Plan, new: Plan) -> bool:

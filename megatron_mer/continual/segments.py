@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -28,6 +29,8 @@ class Segment:
     """Its batches without an update that are known so far, increasing."""
     skips_known: int = 0
     """Skipped batches of the run when the segment was made: its lengths were decided by them."""
+    dropped: tuple[str, ...] = ()
+    """Tasks whose rows of earlier segments are never replayed from here on."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def make_index(segments: Sequence[Segment]) -> _index.Plan:
             seed=segments[0].spec.seed,
             dataset_keys=np.array([_key(name) for name in sizes], dtype=np.uint64),
             dataset_sizes=np.array(list(sizes.values()), dtype=np.int64),
+            buffer_capacities=np.array(_capacities(segments, list(tasks)), dtype=np.int64),
+            buffer_by_task=any(isinstance(one, Mapping) for one in _given_capacities(segments)),
         )
         known: Counter[tuple[object, ...]] = Counter()
         skipped = [batch for segment in segments for batch in segment.skipped]
@@ -137,12 +142,32 @@ def _append(
         alpha_denominator=denominator,
         include_current_task=spec.replay is not None and spec.replay.include_current_task,
         task_weights=np.array(weights, dtype=np.float64),
+        from_buffer=spec.replay is not None and spec.replay.source == "buffer",
+        dropped=np.array([tasks[task] for task in segment.dropped], dtype=np.int64),
         spans=spans,
     )
 
 
+def _capacities(segments: Sequence[Segment], tasks: Sequence[str]) -> list[int]:
+    """Rows that the run's one buffer holds of all tasks together, or of each; none without one."""
+    given = _given_capacities(segments)
+    if not given or isinstance(given[0], int):
+        return [one for one in given[:1] if isinstance(one, int)]
+    by_task = {task: rows for one in given if not isinstance(one, int) for task, rows in one.items()}
+    return [by_task.get(task, 1) for task in tasks]  # 1: of a task from before there was a buffer.
+
+
+def _given_capacities(segments: Sequence[Segment]) -> list[int | Mapping[str, int]]:
+    specs = [segment.spec.replay for segment in segments]
+    return [one.capacity for one in specs if one is not None and one.capacity is not None]
+
+
 def _contradictions(segments: Sequence[Segment]) -> Iterator[Problem]:
     first, sizes = segments[0].spec, sizes_of(segments)
+    given = _given_capacities(segments)
+    for was, now in pairwise(given):
+        if not same_capacity(was, now):
+            yield Problem("replay.capacity_samples", f"{now} after {was}", "one for the whole run")
     for segment in segments[1:]:
         for name in ("seed", "seq_length"):
             was, now = getattr(first, name), getattr(segment.spec, name)
@@ -152,6 +177,13 @@ def _contradictions(segments: Sequence[Segment]) -> Iterator[Problem]:
             if size != sizes[name]:
                 given = f"dataset {name!r} with {size} samples after {sizes[name]}"
                 yield Problem("stream", given, "one number, since one name is one dataset")
+
+
+def same_capacity(was: int | Mapping[str, int], now: int | Mapping[str, int]) -> bool:
+    """Whether two capacities are those of one buffer; tasks may be added, or be there no more."""
+    if isinstance(was, int) or isinstance(now, int):
+        return was == now
+    return all(now[task] == rows for task, rows in was.items() if task in now)
 
 
 def _lost(

@@ -15,6 +15,7 @@ from megatron_mer.errors import Problem
 
 MAX_SEED = 2**64 - 1
 MAX_DENOMINATOR = 10**18
+MAX_CAPACITY = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class ReplaySpec:
     include_current_task: bool = False
     weights: Mapping[str, float] | None = None
     """Share of each task among the replay rows, relative to the others in the pool; 0: never."""
+    capacity: int | Mapping[str, int] | None = None
+    """Rows that a buffer holds: in all, or of each task. With the source buffer only."""
 
     def task_weights(self, tasks: Sequence[str]) -> list[float]:
         """The weight of each task, or nothing if tasks do not matter.
@@ -91,7 +94,12 @@ class ReplaySpec:
     def to_json(self) -> dict[str, Any]:
         """The values as JSON types."""
         weights = None if self.weights is None else dict(self.weights)
-        return {**vars(self), "alpha": str(self.alpha), "weights": weights}
+        values = {**vars(self), "alpha": str(self.alpha), "weights": weights}
+        if self.capacity is None:
+            del values["capacity"]
+        elif not isinstance(self.capacity, int):
+            values["capacity"] = dict(self.capacity)
+        return values
 
 
 @dataclass(frozen=True)
@@ -196,8 +204,9 @@ def _replay(replay: ReplaySpec, tasks: Sequence[str]) -> Iterator[Problem]:
         yield Problem("replay.alpha", f"{alpha}", "0 <= alpha < 1")
     elif alpha.as_integer_ratio()[1] > MAX_DENOMINATOR:
         yield Problem("replay.alpha", f"{alpha}", "at most 18 decimal places")
-    if replay.source != "stream":
-        yield Problem("replay.source", replay.source, "stream")
+    if replay.source not in ("stream", "buffer"):
+        yield Problem("replay.source", replay.source, "stream or buffer")
+    yield from _capacity(replay, tasks)
     if replay.policy not in ("uniform", "equal", "weights"):
         yield Problem("replay.policy", replay.policy, "uniform, equal or weights")
     if (replay.policy == "weights") != (replay.weights is not None):
@@ -205,6 +214,31 @@ def _replay(replay: ReplaySpec, tasks: Sequence[str]) -> Iterator[Problem]:
         yield Problem("replay.weights", given, "weights for the policy weights, and only for it")
     if replay.weights is not None:
         yield from _replay_weights(replay.weights, tasks)
+
+
+def _capacity(replay: ReplaySpec, tasks: Sequence[str]) -> Iterator[Problem]:
+    path, given = "replay.capacity_samples", replay.capacity
+    if (given is None) != (replay.source == "stream"):
+        text = "none" if given is None else f"{given}"
+        yield Problem(path, f"{text} with source {replay.source}", "one with source buffer only")
+        return
+    if given is None:
+        return
+    by_task = {} if isinstance(given, int) else dict(given)
+    sizes = [given] if isinstance(given, int) else list(by_task.values())
+    if any(size < 1 for size in sizes) or sum(sizes) > MAX_CAPACITY:
+        yield Problem(path, f"{given}", f"1 or more a task, at most {MAX_CAPACITY} in all")
+    if isinstance(given, int):
+        if replay.policy != "uniform":
+            text = f"{given} with policy {replay.policy}, which takes rows by task"
+            yield Problem(path, text, "a capacity for each task, as {en: 1000, fr: 1000}")
+        return
+    for task in dict.fromkeys([*tasks, *by_task]):
+        if task not in by_task:
+            yield Problem(path, f"none for task {task!r}", "one for each task of the stream")
+        elif task not in tasks:
+            allowed = f"the tasks of the stream: {', '.join(dict.fromkeys(tasks))}"
+            yield Problem(f"{path}.{task}", "no task of the stream", allowed)
 
 
 def _replay_weights(weights: Mapping[str, float], tasks: Sequence[str]) -> Iterator[Problem]:

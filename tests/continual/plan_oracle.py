@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
 
+from tests.continual.buffer_oracle import Buffer
+
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
 PERMUTATION, PLACEMENT, REPLAY = 1, 2, 3
@@ -102,7 +104,7 @@ class Consumed(NamedTuple):
 
 class Batch(NamedTuple):
     span: tuple[int, int]
-    rows: list[tuple]  # kind, span, dataset, sample, ordinal
+    rows: list[tuple]  # kind, span, dataset, sample, ordinal, slot
     had_pool: bool
 
 
@@ -112,6 +114,7 @@ class Run:
 
     segments: list
     skipped: set[int]
+    dropped: dict[int, set[str]] = field(default_factory=dict)  # by segment: tasks that leave it
     consumed: list[Consumed] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
 
@@ -124,6 +127,7 @@ class Run:
         self.cursors = dict.fromkeys(self.names, 0)
         self.orders: dict[tuple[str, int], list[int]] = {}
         self.known: Counter[tuple] = Counter()  # entries trained before, as segments had them
+        self.buffer = make_buffer(specs, self.tasks)
         starts = [first for first, _ in self.segments]
         for number, (first, end) in enumerate(zip(starts, [*starts[1:], math.inf], strict=True)):
             assert len(self.batches) == first
@@ -138,6 +142,8 @@ class Run:
         done = Counter(batch.span[1] for batch in self.batches)
         fresh_done = Counter(one.span[1] for one in self.consumed if one.batch >= 0)
         here: Counter[tuple] = Counter()
+        if gone := self.dropped.get(number):
+            self.buffer.drop(lambda ordinal: self.task_of(ordinal) in gone)
         for position, entry in enumerate(stream):
             if entry.trained_before:
                 identity = (entry.task, *((one.name, one.weight) for one in entry.datasets))
@@ -154,6 +160,7 @@ class Run:
         for _ in range(sum(one.num_samples for one in entry.datasets)):
             place, k = blend.next()
             self.consume(-1, span, entry.datasets[place].name, k)
+            self.enter(len(self.consumed) - 1, span, True)
 
     def train(self, span: tuple[int, int], entry, done: int, fresh_done: int, end: float) -> None:
         first_of_segment, spec = self.segments[span[0]]
@@ -166,6 +173,8 @@ class Run:
         while t < entry.steps - done if entry.steps else fresh_expected < rows_left:
             if len(self.batches) >= end:
                 return
+            if t == 0:
+                self.begin(span)
             share = math.floor(alpha * n * (t + 1)) - math.floor(alpha * n * t)
             # The length was decided when the segment began, its own skips not known.
             fresh_expected += n - (share if self.pool(span, entry.task, known) else 0)
@@ -178,8 +187,10 @@ class Run:
                 name = entry.datasets[place].name
                 self.consume(batch, span, name, starts[name] + k)
                 self.cursors[name] = starts[name] + k + 1
-            rows = [(0, *self.consumed[o][1:], o) for o in range(first, len(self.consumed))]
-            rows += [(1, *self.consumed[o][1:], o) for o in drawn]
+            rows = [(0, *self.consumed[o][1:], o, -1) for o in range(first, len(self.consumed))]
+            rows += [(1, *self.consumed[o][1:], o, slot) for o, slot in drawn]
+            for ordinal in range(first, len(self.consumed)) if batch not in self.skipped else ():
+                self.enter(ordinal, span, self.replays_own(span))
             order = permutation(n, keyed_hash(spec.seed, PLACEMENT, batch))
             self.batches.append(Batch(span, [rows[place] for place in order], bool(pool)))
             replayed += replay
@@ -193,6 +204,9 @@ class Run:
             itself = one.batch >= 0 and one.span[1] == span[1]
             if one.batch in skipped or (itself and not (replay and replay.include_current_task)):
                 continue
+            later = range(one.span[0] + 1, span[0] + 1)
+            if any(self.task_of(ordinal) in self.dropped.get(number, ()) for number in later):
+                continue
             pools[self.entry(one.span).task].append(ordinal)
         if replay is None or replay.policy == "uniform":
             everything = sorted(ordinal for pool in pools.values() for ordinal in pool)
@@ -203,15 +217,42 @@ class Run:
     def weights(self, replay) -> dict[str, float]:
         return dict.fromkeys(self.tasks, 1.0) | dict(replay.weights or {})
 
-    def draw(self, span: tuple[int, int], pool: dict, batch: int, row: int, k: int) -> int:
-        """The ordinal that a batch's replay row draws, the k-th replay row of its span."""
+    def replays_own(self, span: tuple[int, int]) -> bool:
+        replay = self.segments[span[0]][1].replay
+        return bool(replay and replay.include_current_task)
+
+    def task_of(self, ordinal: int) -> str:
+        return self.entry(self.consumed[ordinal].span).task
+
+    def group_of(self, task: str) -> int:
+        return self.tasks.index(task) if len(self.buffer.groups) > 1 else 0
+
+    def enter(self, ordinal: int, span: tuple[int, int], replayable: bool) -> None:
+        if self.buffer:
+            self.buffer.enter(self.group_of(self.entry(span).task), ordinal, replayable)
+
+    def begin(self, span: tuple[int, int]) -> None:
+        def may_replay(ordinal: int) -> bool:
+            one = self.consumed[ordinal]
+            return self.replays_own(span) or one.batch < 0 or one.span[1] != span[1]
+
+        if self.buffer:
+            self.buffer.begin(may_replay)
+
+    def draw(
+        self, span: tuple[int, int], pool: dict, batch: int, row: int, k: int
+    ) -> tuple[int, int]:
+        """Ordinal and slot of a batch's replay row, the k-th replay row of its span."""
         spec = self.segments[span[0]][1]
         tasks = list(pool)
         if len(tasks) > 1:
             weights = self.weights(spec.replay)
             tasks = [tasks[Blend([], [weights[task] for task in tasks]).locate(k)]]
         live = pool[tasks[0]]
-        return live[keyed_hash(spec.seed, REPLAY, batch, row) * len(live) >> 64]
+        ordinal = live[keyed_hash(spec.seed, REPLAY, batch, row) * len(live) >> 64]
+        if spec.replay.source == "stream":
+            return ordinal, -1
+        return self.buffer.draw(self.group_of(self.task_of(ordinal)), batch, row)
 
     def consume(self, batch: int, span: tuple[int, int], name: str, k: int) -> None:
         epoch, position = divmod(k, self.sizes[name])
@@ -232,6 +273,16 @@ def blend_of(entry) -> Blend:
     return Blend([one.num_samples for one in entry.datasets], None if None in weights else weights)
 
 
-def walk_run(segments, skipped=()) -> Run:
+def make_buffer(specs, tasks: list[str]) -> Buffer | None:
+    given = [one.replay.capacity for one in specs if one.replay and one.replay.capacity]
+    if not given:
+        return None
+    if isinstance(given[0], int):
+        return Buffer(specs[0].seed, [given[0]], keyed_hash)
+    rows = {task: count for one in given for task, count in one.items()}
+    return Buffer(specs[0].seed, [rows.get(task, 1) for task in tasks], keyed_hash)
+
+
+def walk_run(segments, skipped=(), dropped=None) -> Run:
     """Walks a run, given as (first batch, specification) pairs, to its end."""
-    return Run(list(segments), set(skipped))
+    return Run(list(segments), set(skipped), dict(dropped or {}))

@@ -167,6 +167,7 @@ class Row(NamedTuple):
     dataset: int
     sample: int
     ordinal: int
+    slot: int
 
 
 @dataclass
@@ -207,7 +208,7 @@ def rows_of(plan: Plan, batch: int, start: int = 0, stop: int | None = None) -> 
     """
     rows, entries = plan.rows(batch, start, stop), plan.entries
     spans = [(entries[number].segment, entries[number].index) for number in rows.entry]
-    columns = (column.tolist() for column in (rows.dataset, rows.sample, rows.ordinal))
+    columns = (one.tolist() for one in (rows.dataset, rows.sample, rows.ordinal, rows.slot))
     return [Row(*row) for row in zip(rows.kind.tolist(), spans, *columns, strict=True)]
 
 

@@ -233,6 +233,8 @@ def core_plan(segment: dict | None = None, span: dict | None = None, **table):
     table = {
         "dataset_keys": np.array([1], dtype=np.uint64),
         "dataset_sizes": np.array([9], dtype=np.int64),
+        "buffer_capacities": np.array([], dtype=np.int64),
+        "buffer_by_task": False,
         **table,
     }
     spans = {
@@ -252,6 +254,8 @@ def core_plan(segment: dict | None = None, span: dict | None = None, **table):
         "alpha_denominator": 1,
         "include_current_task": False,
         "task_weights": np.array([], dtype=np.float64),
+        "from_buffer": False,
+        "dropped": np.array([], dtype=np.int64),
         **(segment or {}),
     }
     plan = _index.Plan(seed=1, **table)

@@ -26,6 +26,7 @@ def rows(*given):
         dataset=dataset.astype(np.int32),
         sample=nothing,
         ordinal=nothing,
+        slot=nothing - 1,
     )
 
 
