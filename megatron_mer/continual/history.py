@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from itertools import pairwise
 from typing import Any, Literal
 
 from megatron_mer.continual.plan import Entry, Plan
-from megatron_mer.continual.segments import fresh_rows_of, pool_key
+from megatron_mer.continual.segments import fresh_rows_of, pool_key, same_capacity
 from megatron_mer.continual.spec import EntrySpec, PlanSpec, ReplaySpec
 from megatron_mer.errors import ConfigError
 
@@ -104,12 +105,21 @@ class _Comparison:
             if was != now:
                 text = f"{name} was {was}, is {now}, which would change every sample's place"
                 yield Difference(0, text, remedy=f"set it to {was}")
+        yield from self._capacity()
         for name, size in new.datasets.items():
             was = self.old.dataset_sizes.get(name, size)
             if was != size and old.seq_length == new.seq_length:
                 text = f"dataset {name!r} had {was} samples, has {size}: its content changed"
                 remedy = "bring the old data back, or give the new data another name and prefix"
                 yield Difference(_first_read(self.old, name), text, remedy=remedy)
+
+    def _capacity(self) -> Iterator[Difference]:
+        given = [one.spec.replay for one in self.old.segments] + [self.spec.replay]
+        capacities = [one.capacity for one in given if one and one.capacity is not None]
+        for was, now in pairwise(capacities):
+            if not same_capacity(was, now):
+                text = f"replay.capacity_samples was {was}, is {now}, which would change what the "
+                yield Difference(0, text + "buffer had held so far", remedy=f"set it to {was}")
 
     def batch_size(self) -> Iterator[Difference]:
         was, now = self.old.spec.global_batch_size, self.spec.global_batch_size
@@ -342,18 +352,18 @@ def _effective(replay: ReplaySpec | None, tasks: Container[str]) -> ReplaySpec |
     weights = None
     if replay.weights is not None:
         weights = {task: weight for task, weight in replay.weights.items() if task in tasks}
-    return replace(replay, alpha=replay.alpha.normalize(), weights=weights)
+    return replace(replay, alpha=replay.alpha.normalize(), weights=weights, capacity=None)
 
 
 def _replay_text(was: ReplaySpec | None, now: ReplaySpec | None) -> str:
     """What of the section differs, as YAML spells it."""
     if was is None or now is None:
         return f"replay was {_yaml(was)}, is {_yaml(now)}"
-    pairs = zip(vars(was), was.to_json().values(), now.to_json().values(), strict=True)
+    before, after = was.to_json(), now.to_json()
     return ", ".join(
-        f"replay.{key} was {_yaml(before)}, is {_yaml(after)}"
-        for key, before, after in pairs
-        if before != after
+        f"replay.{key} was {_yaml(before[key])}, is {_yaml(after[key])}"
+        for key in vars(was)
+        if key != "capacity" and before[key] != after[key]
     )
 
 

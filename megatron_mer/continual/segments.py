@@ -153,7 +153,9 @@ def _capacities(segments: Sequence[Segment], tasks: Sequence[str]) -> list[int]:
     given = _given_capacities(segments)
     if not given or isinstance(given[0], int):
         return [one for one in given[:1] if isinstance(one, int)]
-    by_task = {task: rows for one in given if not isinstance(one, int) for task, rows in one.items()}
+    by_task = {
+        task: rows for one in given if not isinstance(one, int) for task, rows in one.items()
+    }
     return [by_task.get(task, 1) for task in tasks]  # 1: of a task from before there was a buffer.
 
 

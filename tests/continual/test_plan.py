@@ -185,13 +185,13 @@ def test_bad_values_come_back_together() -> None:
         rows=0,
         seq=0,
         policy="none",
-        source="buffer",
+        source="disk",
     )
     for line in (
         "batch.global_batch_size: 0;",
         "model.seq_length: 0;",
         "replay.alpha: 1; allowed: 0 <= alpha < 1",
-        "replay.source: buffer;",
+        "replay.source: disk;",
         "replay.policy: none;",
         "stream.0.train.0: dataset 'a' has 0 samples;",
         "stream.0.train.0.weight: nan;",
@@ -289,6 +289,8 @@ def test_the_core_appends_segments_only_behind_what_was_skipped() -> None:
             alpha_denominator=1,
             include_current_task=False,
             task_weights=np.array([], dtype=np.float64),
+            from_buffer=False,
+            dropped=np.array([], dtype=np.int64),
             spans=[],
         )
 

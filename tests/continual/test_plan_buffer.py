@@ -151,7 +151,9 @@ def test_what_is_settled_is_found_and_what_was_written_is_enough(life, size, lag
         waiting.append(log.advance(batch))
         while len(waiting) > lag:
             position, source, ordinal, *_ = waiting.pop(0)
-            for at, origin, row in zip(*map(np.ndarray.tolist, (position, source, ordinal)), strict=True):
+            for at, origin, row in zip(
+                *map(np.ndarray.tolist, (position, source, ordinal)), strict=True
+            ):
                 assert at not in disk, "written over"
                 assert origin == -1 or disk[origin] == row
                 disk[at] = row

@@ -61,7 +61,9 @@ def test_rows_say_what_the_oracle_consumed_and_in_which_epoch(life: Life) -> Non
                 "sample": sample,
                 "epoch": epochs[ordinal],
             }
-            for place, (kind, span, dataset, sample, ordinal) in enumerate(run.batches[batch].rows)
+            for place, (kind, span, dataset, sample, ordinal, _) in enumerate(
+                run.batches[batch].rows
+            )
         ]
         for row, (_, span, *_) in zip(rows, run.batches[batch].rows, strict=True):
             asked, place = run.entry(span), row.pop("entry")
