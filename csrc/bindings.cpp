@@ -7,6 +7,7 @@
 
 #include "plan.hpp"
 #include "reader_bindings.hpp"
+#include "record_bindings.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -222,4 +223,5 @@ PYBIND11_MODULE(_index, module) {
     bind_parts(module);
     bind_plan(module);
     bind_reader(module);
+    bind_records(module);
 }
