@@ -8,6 +8,7 @@
 #include "buffer_log.hpp"
 #include "plan.hpp"
 #include "reader_bindings.hpp"
+#include "record_bindings.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -294,4 +295,5 @@ PYBIND11_MODULE(_index, module) {
     bind_plan(module);
     bind_buffer(module);
     bind_reader(module);
+    bind_records(module);
 }

@@ -188,3 +188,76 @@ def document_ends(
 
     tables, shape (n, 4): sequences, entries, bytes of a token and tokens, one index a row.
     """
+
+RECORD_MAGIC: int
+ERASED_MAGIC: int
+
+class WriteFailed(ValueError):
+    """The system refused to write. args: row, byte, errno."""
+
+class RecordFault(ValueError):
+    """A header's field is wrong. args: row, byte of the field, found, expected, 3 of identity."""
+
+class Records:
+    """Records of seq_length + 1 tokens and, if with_ends, as many end bits as inputs.
+
+    Record i of a call lies at bytes[i] of its file and belongs to row places[i] of the arrays:
+    identity (n, 3), tokens (n, seq_length + 1), ends (n, end_bytes), the lowest bit first.
+    """
+
+    def __init__(self, *, seq_length: int, vocab_size: int, with_ends: bool, key: int) -> None: ...
+    @property
+    def record_bytes(self) -> int: ...
+    @property
+    def end_bytes(self) -> int: ...
+    def write(
+        self,
+        descriptors: NDArray[np.int32],
+        bytes: NDArray[np.int64],
+        places: NDArray[np.int64],
+        identity: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        ends: NDArray[np.uint8],
+        num_ends: NDArray[np.int64],
+    ) -> None: ...
+    def read(
+        self,
+        descriptors: NDArray[np.int32],
+        bytes: NDArray[np.int64],
+        places: NDArray[np.int64],
+        identity: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        ends: NDArray[np.uint8],
+    ) -> None:
+        """Fill rows of `tokens` and `ends`."""
+
+    def count_ends(
+        self,
+        descriptors: NDArray[np.int32],
+        bytes: NDArray[np.int64],
+        places: NDArray[np.int64],
+        identity: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> None:
+        """Fill rows of `counts` from the headers alone."""
+
+    def fetch(
+        self,
+        descriptors: NDArray[np.int32],
+        bytes: NDArray[np.int64],
+        places: NDArray[np.int64],
+        out: NDArray[np.uint8],
+    ) -> None:
+        """Fill rows of `out`, shape (n, record_bytes), with whole records of any identity."""
+
+    def store(
+        self,
+        descriptors: NDArray[np.int32],
+        bytes: NDArray[np.int64],
+        places: NDArray[np.int64],
+        content: NDArray[np.uint8],
+    ) -> None:
+        """Write rows of `content`, shape (n, record_bytes), as they are."""
+
+    def erased(self) -> NDArray[np.uint8]:
+        """Shape (1, record_bytes): a record that says that it was erased."""

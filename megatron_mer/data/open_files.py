@@ -19,6 +19,8 @@ from megatron_mer.errors import DataError
 
 MIN_OPEN_FILES, MAX_OPEN_FILES = 16, 65_536
 """Between these lies how many files the process keeps open, whatever descriptors it may have."""
+ANY_SIZE = -1
+"""The size of a file that may have any, since it grows."""
 
 
 class OpenFile:
@@ -26,7 +28,7 @@ class OpenFile:
 
     Args:
         path: of the file.
-        size: bytes that it must have.
+        size: bytes that it must have, or ANY_SIZE.
 
     Raises:
         DataError: it cannot be opened, or its size is another one.
@@ -40,7 +42,7 @@ class OpenFile:
             found = os.fstat(self.descriptor).st_size
         except OSError as error:
             raise DataError(f"{path}: cannot be opened: {error.strerror}") from error
-        if found != size:
+        if size not in (ANY_SIZE, found):
             raise fault(
                 path,
                 min(found, size),
@@ -141,7 +143,7 @@ class DataFile:
 
     Args:
         path: of the file.
-        size: bytes that it must have whenever it is opened.
+        size: bytes that it must have whenever it is opened, or ANY_SIZE.
         cache: what keeps it open.
     """
 
