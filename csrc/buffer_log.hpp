@@ -20,8 +20,8 @@ namespace mer {
 // follows from the events of the reservoirs, so every rank knows every position without a word.
 class BufferLog {
   public:
-    // What one advance writes: each position with its row, and where the row lies already (kNone:
-    // nowhere, it is fresh). Rows that came and went meanwhile are not written.
+    // What one advance writes: each position with its row, and where everybody can read the row
+    // already (kNone: nowhere yet). Rows that came and went meanwhile are not written.
     struct Writes {
         std::vector<i64> position, source, ordinal, dataset, sample;
     };
@@ -173,7 +173,7 @@ class BufferLog {
                 const i64 live = held_.reservoirs().row_in(slots[place]);
                 const auto [ordinal, dataset, sample] = plan_.source_of_live(live, held_.batch());
                 i64 source = first == 0 ? kNone : position;
-                while (source >= first) source = source_of(source);
+                while (source >= settled_ && source != kNone) source = source_of(source);
                 found.position.push_back(position);
                 found.source.push_back(source);
                 found.ordinal.push_back(ordinal);

@@ -12,6 +12,7 @@ from typing import Any, Final, cast
 
 from megatron_mer.config.field_types import TOKENIZER_KINDS
 from megatron_mer.config.parse import NotParsedError, Partial, as_far_as_parsed, show, suggest
+from megatron_mer.config.replay_checks import replay_buffer, replay_weights
 from megatron_mer.config.schedule_checks import segments, unused_or_above_peak, warmup_too_long
 from megatron_mer.config.schema import (
     DatasetConfig,
@@ -129,37 +130,6 @@ def _evaluate(config: RunConfig) -> Problems:
     if config.evaluate is not None and not any(entry.valid for entry in config.stream):
         given = "no entry of the stream names held-out data"
         yield Problem("evaluate", given, "", "add valid: to the stream or leave evaluate out")
-
-
-def _replay_weights(config: RunConfig) -> Problems:
-    replay = config.replay
-    if replay is None:
-        return
-    weights, given_by_policy = replay.weights, replay.policy == "weights"
-    if weights is not None and not given_by_policy:
-        given = f"given, which policy {replay.policy} does not use"
-        remedy = "leave it out or choose policy: weights"
-        yield Problem("replay.weights", given, "nothing", remedy)
-    if not given_by_policy:
-        return
-    tasks = dict.fromkeys(entry.task for entry in config.stream)
-    if weights is None:
-        given = "missing, which policy weights needs"
-        allowed = f"a number >= 0 for each of the tasks {show(list(tasks))}"
-        yield Problem("replay.weights", given, allowed, "add it or choose policy: equal")
-        return
-    for name in weights:
-        if name not in tasks:
-            given = f"the stream has no task {name!r}"
-            yield Problem(f"replay.weights.{name}", given, show(list(tasks)), suggest(name, tasks))
-    left_out = [task for task in tasks if task not in weights]
-    if left_out:
-        given = f"no weight for {show(left_out)}"
-        remedy = "add it; 0 means that it is never replayed"
-        yield Problem("replay.weights", given, "a number >= 0 for each task", remedy)
-    if weights and not any(weights.values()):
-        given = "each weight is 0, so that nothing would ever be replayed"
-        yield Problem("replay.weights", given, "at least one above 0", "or leave replay: out")
 
 
 # Layout -----------------------------------------------------------------------------------------
@@ -335,7 +305,8 @@ _RUN_CHECKS: Final[tuple[Callable[[Any], Problems], ...]] = (
     segments,
     _nesterov,
     _evaluate,
-    _replay_weights,
+    replay_weights,
+    replay_buffer,
     _trained,
     _trained_before_use,
     _init,

@@ -206,12 +206,28 @@ class ReplayConfig:
 
     alpha: Alpha
     """Share of replayed rows: after t batches of a task exactly floor(alpha * N * t) of them."""
-    source: Literal["stream"] = "stream"
-    """stream: rows are read again from the datasets, which therefore stay in place."""
+    source: Literal["stream", "buffer"] = "stream"
+    """stream: rows are read again from the datasets, which therefore stay in place. buffer: a
+    sample of all fresh rows is kept on disk, so that datasets may go once their task has ended."""
+    capacity_samples: (
+        Annotated[
+            Count | dict[Text, Count], Note("a number, or a number of each task {en: 1000, fr: 500}")
+        ]
+        | None
+    ) = None
+    """Source buffer: rows that it holds, of all tasks together or of each task. Whatever the
+    moment, each row that was fresh so far (of the task) is in it with the same probability. A run
+    keeps its capacity for good; tasks that are added later add theirs."""
+    dir: Text | None = None
+    """Source buffer: its folder, which all ranks share; default: output_dir/buffer. It takes up to
+    twice the capacity, at 2 bytes a token (4 above 65,536 ids), and what kept checkpoints need."""
+    prefetch: Count = 2
+    """Source buffer: batches whose rows are read ahead."""
     policy: Literal["uniform", "equal", "weights"] = "uniform"
     """uniform: each fresh sample that was consumed before is equally likely. equal: each task in
     the pool gets the same share of the replayed rows; weights: the share that `weights` gives it.
-    Both are exact to within two rows, and inside a task each sample is equally likely."""
+    Both are exact to within two rows, and inside a task each sample is equally likely. From a
+    buffer both need a capacity for each task."""
     weights: dict[Text, NotNegative] | None = None
     """Share of each task of the stream among the replayed rows, {task: number}, with policy weights
     only. It is relative to the tasks in the pool at that moment; 0: never replayed."""

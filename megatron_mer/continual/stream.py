@@ -37,6 +37,9 @@ def plan_spec(
       apportion an entry's replay rows to the tasks that the pool holds, exact to two rows at any
       time, and draw uniformly inside a task. Skipped batches are left out. While there is nothing
       to draw from, batches are all fresh.
+    - Buffer: with `source: buffer` a replay row is drawn not from all of these rows but from those
+      that a reservoir of bounded capacity holds at that moment; which they are is a function of
+      the seed and of how many rows were fresh before.
     - `trained_before`: as many rows as its datasets have samples, blended by their weights, are in
       the pool from the first batch of the plan, wherever the entry stands. It moves no dataset's
       cursor, and `max_epochs` does not concern it: a dataset that is also trained on starts at its
@@ -105,6 +108,7 @@ def _replay_spec(replay: ReplayConfig) -> ReplaySpec:
         policy=replay.policy,
         include_current_task=replay.include_current_task,
         weights=replay.weights,
+        capacity=replay.capacity_samples,
     )
 
 
