@@ -57,7 +57,7 @@ inline void write(const Records& records, const Column<std::int32_t>& descriptor
 inline void read(const Records& records, const Column<std::int32_t>& descriptors,
                  const Column<i64>& bytes, const Column<i64>& places, const Column<i64>& identity,
                  Column<i64> tokens, Column<std::uint8_t> ends) {
-    const py::ssize_t size = identity.size() / 3;
+    const py::ssize_t size = tokens.size() / records.num_tokens();
     const RecordRequests rows = requests(descriptors, bytes, places, size);
     const i64* identities = table(identity, size, 3, "identity");
     i64* ids = filled_table(tokens, size, records.num_tokens(), "tokens");

@@ -75,26 +75,30 @@ struct RecordFault : std::runtime_error {
 // 2^-32 at most. With words of 64 bits the same bit could be wrong in two of them and not be found.
 class Multilinear {
   public:
-    explicit Multilinear(i64 bytes) : constants_(static_cast<std::size_t>(bytes / 4)) {
-        u64 place = 0;
-        for (u64& constant : constants_) constant = mix64(++place * kGolden) | 1;
+    explicit Multilinear(i64 bytes) {
+        for (i64 place = 1; place <= bytes / 4; ++place) {
+            const u64 constant = mix64(static_cast<u64>(place) * kGolden) | 1;
+            low_.push_back(static_cast<std::uint32_t>(constant));
+            high_.push_back(static_cast<std::uint32_t>(constant >> 32));
+        }
     }
 
-    // Of the bytes [first, stop), multiples of 8, of what `bytes` points to.
+    // Of the bytes [first, stop), multiples of 4, of what `bytes` points to. Products of 32-bit
+    // numbers are what every vector unit has.
     u64 sum(const unsigned char* bytes, i64 first, i64 stop) const {
-        const u64* constants = constants_.data();
-        u64 sum = 0;
-        for (i64 i = first / 8; i < stop / 8; ++i) {
-            u64 word;
-            std::memcpy(&word, bytes + 8 * i, 8);
-            sum += constants[2 * i] * static_cast<std::uint32_t>(word);
-            sum += constants[2 * i + 1] * (word >> 32);
+        const std::uint32_t *low = low_.data(), *high = high_.data();
+        u64 low_sum = 0, high_sum = 0;
+        for (i64 i = first / 4; i < stop / 4; ++i) {
+            std::uint32_t word;
+            std::memcpy(&word, bytes + 4 * i, 4);
+            low_sum += static_cast<u64>(low[i]) * word;
+            high_sum += static_cast<u64>(high[i]) * word;
         }
-        return sum;
+        return low_sum + (high_sum << 32);
     }
 
   private:
-    std::vector<u64> constants_;
+    std::vector<std::uint32_t> low_, high_;  // halves of the constants
 };
 
 // Requests, one element a record.
@@ -258,35 +262,37 @@ class Records {
 
     void narrow(const i64* tokens, unsigned char* out, i64 row) const {
         const i64 count = num_tokens();
-        const u64 last = static_cast<u64>(vocab_size_ - 1);
-        // As unsigned numbers negative ids are large ones: one comparison finds both.
-        const auto is_outside = [last](i64 id) { return static_cast<u64>(id) > last; };
-        bool outside = false;
-        for (i64 i = 0; i < count; ++i) outside |= is_outside(tokens[i]);
-        if (outside) {
-            const i64* found = std::find_if(tokens, tokens + count, is_outside);
-            throw TokenOutside(row, found - tokens, *found);
-        }
-        token_bytes_ == 2 ? narrow_as<std::uint16_t>(tokens, count, out)
-                          : narrow_as<std::uint32_t>(tokens, count, out);
+        const i64 largest = token_bytes_ == 2 ? narrow_as<std::uint16_t>(tokens, count, out)
+                                              : narrow_as<std::uint32_t>(tokens, count, out);
+        if (largest >= vocab_size_) throw_outside(tokens, row);
     }
 
     void widen(const unsigned char* tokens, i64* out, i64 row) const {
         const i64 count = num_tokens();
         const i64 largest = token_bytes_ == 2 ? widen_as<std::uint16_t>(tokens, count, out)
                                               : widen_as<std::uint32_t>(tokens, count, out);
-        if (largest < vocab_size_) return;
-        const auto is_outside = [this](i64 id) { return id >= vocab_size_; };
-        const i64* found = std::find_if(out, out + count, is_outside);
-        throw TokenOutside(row, found - out, *found);
+        if (largest >= vocab_size_) throw_outside(out, row);
     }
 
+    [[noreturn]] void throw_outside(const i64* tokens, i64 row) const {
+        const auto is_outside = [this](i64 id) { return id < 0 || id >= vocab_size_; };
+        const i64* found = std::find_if(tokens, tokens + num_tokens(), is_outside);
+        throw TokenOutside(row, found - tokens, *found);
+    }
+
+    // Returns the largest token, or a larger number where one does not fit.
     template <class Token>
-    static void narrow_as(const i64* tokens, i64 count, unsigned char* out) {
+    static i64 narrow_as(const i64* tokens, i64 count, unsigned char* out) {
+        i64 bits = 0;
+        Token largest = 0;
         for (i64 i = 0; i < count; ++i) {
             const Token token = static_cast<Token>(tokens[i]);
             std::memcpy(out + i * sizeof token, &token, sizeof token);
+            bits |= tokens[i];
+            largest = std::max(largest, token);
         }
+        const bool fit = static_cast<u64>(bits) <= std::numeric_limits<Token>::max();
+        return fit ? largest : std::numeric_limits<i64>::max();
     }
 
     // Returns the largest token.

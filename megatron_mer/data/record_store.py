@@ -152,6 +152,7 @@ class RecordStore(SegmentFiles):
                 and one of them in part; they can be written again.
             ValueError: wrong positions or shapes.
         """
+        _check_positions(positions, unique=True)
         packed, num_ends = self._packed(len(positions), ends)
 
         def write(piece: Piece, descriptors: NDArray[np.int32]) -> None:
@@ -180,6 +181,7 @@ class RecordStore(SegmentFiles):
                 identity, or cannot be read.
             ValueError: wrong positions or shapes.
         """
+        _check_positions(positions)
         tokens = np.empty((len(positions), self.format.seq_length + 1), dtype=np.int64)
         ends = np.empty((len(positions), self._records.end_bytes), dtype=np.uint8)
 
@@ -199,6 +201,7 @@ class RecordStore(SegmentFiles):
 
         The arguments and the errors are those of `read`; the tokens are not verified.
         """
+        _check_positions(positions)
         counts = np.empty(len(positions), dtype=np.int64)
 
         def count(piece: Piece, descriptors: NDArray[np.int32]) -> None:
@@ -217,9 +220,10 @@ class RecordStore(SegmentFiles):
         Raises:
             DataError, OSError, ValueError: as for `read` and `write`.
         """
+        _check_positions(sources)
+        _check_positions(targets, unique=True)
         if len(sources) != len(targets) or len(np.intersect1d(sources, targets)):
             raise ValueError("each source needs a target, which is no source")
-        _check_positions(targets, unique=True)
         for first in range(0, len(sources), ROWS_AT_ONCE):
             some = slice(first, first + ROWS_AT_ONCE)
             self._copy(sources[some], targets[some])
@@ -234,7 +238,7 @@ class RecordStore(SegmentFiles):
             OSError: the disk refuses.
             ValueError: wrong positions.
         """
-        _check_positions(positions)
+        _check_positions(positions, unique=True)
         segments = positions // self.segment_records
         sizes = {number: self._size(number) for number in np.unique(segments).tolist()}
         ends = np.array([sizes[number] for number in segments.tolist()], dtype=np.int64)
@@ -317,7 +321,6 @@ class RecordStore(SegmentFiles):
     def _read_pieces(
         self, positions: NDArray[np.int64], read: Work, identity: NDArray[np.int64] | None = None
     ) -> None:
-        _check_positions(positions)
         for piece in self._pieces(positions, min(FILES_AT_ONCE, OPEN_FILES.limit)):
             try:
                 self._read_piece(piece, read)
@@ -350,7 +353,6 @@ class RecordStore(SegmentFiles):
     def _write_pieces(
         self, positions: NDArray[np.int64], write: Work, identity: NDArray[np.int64] | None = None
     ) -> None:
-        _check_positions(positions, unique=True)
         for piece in self._pieces(positions, FILES_WRITTEN_AT_ONCE):
             files = [self._writer(segment, create=True) for segment in piece.segments]
             self._dirty.update(piece.segments)

@@ -112,7 +112,10 @@ class SegmentFiles:
         Raises:
             DataError: it cannot be opened.
         """
-        return self._readers.setdefault(segment, DataFile(self.path(segment), ANY_SIZE)).open()
+        file = self._readers.get(segment)
+        if file is None:
+            file = self._readers.setdefault(segment, DataFile(self.path(segment), ANY_SIZE))
+        return file.open()
 
     def _close_reader(self, segment: int) -> None:
         file = self._readers.pop(segment, None)
