@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 
 from megatron_mer.config.field_types import TOKENIZER_KINDS
-from megatron_mer.config.parse import NotParsedError, Partial, as_far_as_parsed, show, suggest
+from megatron_mer.config.parse import NotParsedError, Partial, as_far_as_parsed
 from megatron_mer.config.replay_checks import replay_buffer, replay_weights
 from megatron_mer.config.schedule_checks import segments, unused_or_above_peak, warmup_too_long
 from megatron_mer.config.schema import (

@@ -211,7 +211,7 @@ class ReplayConfig:
     sample of all fresh rows is kept on disk, so that datasets may go once their task has ended."""
     capacity_samples: (
         Annotated[
-            Count | dict[Text, Count], Note("a number, or a number of each task {en: 1000, fr: 500}")
+            Count | dict[Text, Count], Note("one number, or one of each task {en: 1000, fr: 500}")
         ]
         | None
     ) = None

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mer import _index
+from megatron_mer.continual.exhaustion import empty_buffer, exhausted_datasets
 from megatron_mer.continual.ledger import Ledger, take_ledger
 from megatron_mer.continual.segments import (
     Progress,
     Segment,
-    batches_of,
     make_index,
     pool_key,
     progress_at,
@@ -24,7 +24,7 @@ from megatron_mer.continual.segments import (
     tasks_of,
 )
 from megatron_mer.continual.spec import PlanSpec, problems_of, shortened
-from megatron_mer.errors import CheckpointError, ConfigError, DataError, Problem
+from megatron_mer.errors import CheckpointError, ConfigError, Problem
 from megatron_mer.log import get_logger
 
 logger = get_logger(__name__)
@@ -90,7 +90,7 @@ class Plan:
             CheckpointError: it is no history of a plan, or of one that other code laid out.
         """
         try:
-            plan = cls._of([_segment(values) for values in history], allow_exhausted=True)
+            plan = cls._of([Segment.from_json(values) for values in history], allow_exhausted=True)
             for built, saved in zip(plan.history(), history, strict=True):
                 for key in ("batches", "cursors"):
                     if built[key] != saved[key]:
@@ -195,7 +195,7 @@ class Plan:
         self._index = make_index(segments)
         self.segments: tuple[Segment, ...] = tuple(segments)
         """In the order of time; each holds up to the next one's first batch."""
-        self.exhausted: list[Problem] = list(self._exhausted_datasets())
+        self.exhausted: list[Problem] = list(exhausted_datasets(self._index, segments))
         """Datasets that have to give more samples than they hold within `max_epochs`."""
         if self.exhausted and not allow_exhausted:
             raise ConfigError(shortened(self.exhausted))
@@ -292,8 +292,7 @@ class Plan:
         try:
             return Rows(*self._index.rows(batch, start, stop))
         except _index.BufferEmpty as error:
-            tasks = tasks_of(self.segments)
-            raise _empty_buffer(error.args[0], tasks[error.args[1]], self.spec) from error
+            raise empty_buffer(self.segments, *error.args) from error
 
     def replay_rows(self, batch: int) -> int:
         """Number of replay rows of a batch; every rank knows it ahead."""
@@ -380,52 +379,13 @@ class Plan:
             "batches": batches,
         }
 
-    def _exhausted_datasets(self) -> Iterator[Problem]:
-        """Looks at the last segment: what earlier ones did was decided when they were made."""
-        last = len(self.segments) - 1
-        for span, (index, _, segment, *_, before) in enumerate(self._index.spans().tolist()):
-            if before or segment != last:
-                continue
-            entry = self.spec.stream[index]
-            asked_of = self._index.cursors_after(span).tolist()
-            for place, (dataset, asked) in enumerate(zip(entry.datasets, asked_of, strict=True)):
-                held = entry.sample_limit(dataset)
-                if asked > held:
-                    epochs = asked / dataset.num_samples
-                    yield Problem(
-                        f"stream.{index}.train.{place}",
-                        f"by the end of task {entry.task!r} dataset {dataset.name!r} would have "
-                        f"given {asked} samples ({epochs:.4g} epochs)",
-                        f"{held}, which it holds within max_epochs "
-                        f"{entry.epoch_limit(dataset):g} ({dataset.num_samples} samples)",
-                        "shorten the task (steps, fresh_tokens), lower the dataset's weight, add "
-                        "data, or raise max_epochs",
-                    )
-
     def _warn_of_exhausted(self) -> None:
         """Warns once of each dataset that skipped batches drive past its limit."""
         known = {problem.path for problem in self.exhausted}
-        for problem in self._exhausted_datasets():
+        for problem in exhausted_datasets(self._index, self.segments):
             if problem.path not in known:
                 self.exhausted.append(problem)
                 logger.warning("after skipped batches, %s", problem)
-
-
-def _segment(values: Mapping[str, Any]) -> Segment:
-    spec, skipped = PlanSpec.from_json(values), tuple(batches_of(values["skipped"]))
-    dropped = tuple(values.get("dropped", ()))
-    return Segment(values["first_batch"], spec, skipped, values.get("skips_known", 0), dropped)
-
-
-def _empty_buffer(batch: int, task: str, spec: PlanSpec) -> DataError:
-    capacity = spec.replay.capacity if spec.replay else None
-    what = f"of task {task!r} " if isinstance(capacity, Mapping) else ""
-    return DataError(
-        f"batch {batch}: the replay buffer holds no sample {what}that may be replayed: all that it "
-        f"held were displaced by the task in training. Its capacity (replay.capacity_samples, "
-        f"{capacity}) is too small beside that task; begin anew with a larger one, with one for "
-        "each task, or with replay.include_current_task: true"
-    )
 
 
 def _appends(old: Plan, new: Plan) -> bool:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,21 @@ class Segment:
     """Skipped batches of the run when the segment was made: its lengths were decided by them."""
     dropped: tuple[str, ...] = ()
     """Tasks whose rows of earlier segments are never replayed from here on."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Segment:
+        """One segment of a plan's history.
+
+        Raises:
+            KeyError, TypeError, ValueError, ArithmeticError: it is something else.
+        """
+        return cls(
+            first_batch=values["first_batch"],
+            spec=PlanSpec.from_json(values),
+            skipped=tuple(batches_of(values["skipped"])),
+            skips_known=values.get("skips_known", 0),
+            dropped=tuple(values.get("dropped", ())),
+        )
 
 
 @dataclass(frozen=True)
@@ -166,10 +182,10 @@ def _given_capacities(segments: Sequence[Segment]) -> list[int | Mapping[str, in
 
 def _contradictions(segments: Sequence[Segment]) -> Iterator[Problem]:
     first, sizes = segments[0].spec, sizes_of(segments)
-    given = _given_capacities(segments)
-    for was, now in pairwise(given):
-        if not same_capacity(was, now):
-            yield Problem("replay.capacity_samples", f"{now} after {was}", "one for the whole run")
+    for earlier, later in pairwise(_given_capacities(segments)):
+        if not same_capacity(earlier, later):
+            given = f"{later} after {earlier}"
+            yield Problem("replay.capacity_samples", given, "one for the whole run")
     for segment in segments[1:]:
         for name in ("seed", "seq_length"):
             was, now = getattr(first, name), getattr(segment.spec, name)
