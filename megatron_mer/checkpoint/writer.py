@@ -127,6 +127,7 @@ class CheckpointWriter:
         fragments: Iterable[Fragment],
         run_state: Mapping[str, Any],
         permanent: bool = False,
+        first: Callable[[], None] | None = None,
     ) -> Path:
         """Copy this rank's part and begin to write it. Collective if one is still being written.
 
@@ -136,6 +137,8 @@ class CheckpointWriter:
             fragments: What this rank owns; one a kind and parameter.
             run_state: JSON values that are the same on all ranks; rank 0's are written.
             permanent: This one stays for good.
+            first: Called in this rank's thread before anything is written: returns when what the
+                checkpoint refers to outside of itself is on the disk, and raises if it cannot be.
 
         Returns:
             The directory that the checkpoint gets.
@@ -154,7 +157,7 @@ class CheckpointWriter:
         except Exception as error:  # noqa: BLE001 - told to all ranks at the next step
             self._failure = error
         else:
-            self._start(lambda: self._write_files(write, copies))
+            self._start(lambda: self._write_files(write, copies, first))
         write.stall = time.perf_counter() - begin
         return write.final
 
@@ -225,7 +228,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _write_files(self, write: _Write, copies: Sequence[Fragment]) -> None:
+    def _write_files(
+        self, write: _Write, copies: Sequence[Fragment], first: Callable[[], None] | None
+    ) -> None:
+        if first is not None:
+            first()
         write_rank(write.temporary, copies, self._rank, self._world_size, self._stop)
 
     def _name(self, write: _Write) -> None:

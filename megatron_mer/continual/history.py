@@ -11,7 +11,8 @@ from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import Any, Literal
 
-from megatron_mer.continual.plan import Entry, Plan
+from megatron_mer.continual.entries import Entry
+from megatron_mer.continual.plan import Plan
 from megatron_mer.continual.segments import fresh_rows_of, pool_key, same_capacity
 from megatron_mer.continual.spec import EntrySpec, PlanSpec, ReplaySpec
 from megatron_mer.errors import ConfigError

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_mer import _index
+from megatron_mer.continual.entries import Entry, Rows
 from megatron_mer.continual.exhaustion import empty_buffer, exhausted_datasets
 from megatron_mer.continual.ledger import Ledger, take_ledger
 from megatron_mer.continual.segments import (
@@ -28,40 +26,6 @@ from megatron_mer.errors import CheckpointError, ConfigError, Problem
 from megatron_mer.log import get_logger
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The part of a stream's entry that one segment trains: all of it, unless a change cuts it."""
-
-    task: str
-    index: int
-    """The entry's place in the stream."""
-    segment: int
-    """Index into the plan's segments."""
-    first_batch: int
-    last_batch: int
-    """The batch after its last one; equal to `first_batch` if `trained_before`."""
-    trained_before: bool
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where rows come from; one element a row, in the order of the batch."""
-
-    kind: NDArray[np.uint8]
-    """(n,) 0 fresh, 1 replay."""
-    entry: NDArray[np.int32]
-    """(n,) index into the plan's entries: the one that the sample belongs to."""
-    dataset: NDArray[np.int32]
-    """(n,) index into the plan's datasets."""
-    sample: NDArray[np.int64]
-    """(n,) sample within the dataset."""
-    ordinal: NDArray[np.int64]
-    """(n,) number of the fresh row that this one is, or repeats. Rows trained before take theirs
-    when the segment that brings them begins: those of the first segment are the first ones."""
-    slot: NDArray[np.int64]
-    """(n,) slot of the buffer that the row is replayed from; -1: it is read from its dataset."""
 
 
 class Plan:
@@ -220,6 +184,11 @@ class Plan:
         return self.segments[-1].spec
 
     @property
+    def has_buffer(self) -> bool:
+        """Whether the last segment replays from a buffer."""
+        return self.spec.replay is not None and self.spec.replay.source == "buffer"
+
+    @property
     def total_batches(self) -> int:
         """Batches of all entries together."""
         return self._index.total_batches
@@ -264,8 +233,12 @@ class Plan:
         )
 
     def datasets_from(self, batch: int) -> list[str]:
-        """Datasets that the rows of a batch and those after it may come from."""
+        """Datasets that the rows of a batch and those after it are read from.
+
+        A buffer has what it replays of the batches before this one.
+        """
         replay = self.spec.replay is not None and self.spec.replay.alpha > 0
+        replay = replay and not self.has_buffer
         names = [
             one.name
             for entry in self.entries
@@ -293,6 +266,15 @@ class Plan:
             return Rows(*self._index.rows(batch, start, stop))
         except _index.BufferEmpty as error:
             raise empty_buffer(self.segments, *error.args) from error
+
+    @property
+    def num_slots(self) -> int:
+        """Rows that the plan's buffer holds at most; 0 without one."""
+        return self._index.num_slots
+
+    def buffer_log(self, segment_records: int) -> _index.BufferLog:
+        """Where the records of the plan's buffer lie, before batch 0; see `replay_buffer`."""
+        return _index.BufferLog(self._index, segment_records)
 
     def replay_rows(self, batch: int) -> int:
         """Number of replay rows of a batch; every rank knows it ahead."""

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mer import _index
+from megatron_mer.continual.entries import Entry
 from megatron_mer.continual.history import differences
-from megatron_mer.continual.plan import Entry, Plan
+from megatron_mer.continual.plan import Plan
 from megatron_mer.continual.segments import pool_key
 from megatron_mer.continual.spec import DatasetSpec, EntrySpec
 

@@ -48,6 +48,14 @@ class Rows(Protocol):
     def sample(self) -> NDArray[np.int64]:
         """Sample number in its dataset."""
 
+    @property
+    def ordinal(self) -> NDArray[np.int64]:
+        """Number of the fresh row that it is, or repeats."""
+
+    @property
+    def slot(self) -> NDArray[np.int64]:
+        """Slot of the replay buffer that the row is replayed from; -1: of none."""
+
 
 @dataclass(frozen=True)
 class RankBatch:
@@ -61,6 +69,8 @@ class RankBatch:
     """Unmasked target tokens of the global batch: what its summed loss is divided by."""
     rows: Rows | None = None
     """Where all rows of the global batch come from, if the loader was asked to keep them."""
+    buffer_seconds: float = 0.0
+    """How long the replay buffer took to give this rank its rows."""
 
 
 @dataclass(frozen=True)

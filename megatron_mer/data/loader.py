@@ -13,11 +13,10 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_mer.data.batches import RankBatch, Rows, cut_micro_batches, rank_rows
 from megatron_mer.data.indexed_dataset import IndexedDataset
-from megatron_mer.data.packing import RowReader
+from megatron_mer.data.row_sources import HeldRows, RowSources
 from megatron_mer.errors import DataError, MegatronMerError, TrainingError
 
 REPLAY = 1
@@ -63,6 +62,7 @@ class TrainLoader:
         first_batch: batch to begin with: the batches drawn so far.
         prefetch: batches read ahead, at least 1.
         keep_rows: whether each batch says where all its rows come from, other ranks' too.
+        buffer: has the replayed rows that it holds; None: all rows are read from datasets.
 
     Raises:
         DataError: a dataset of the plan is missing.
@@ -81,21 +81,26 @@ class TrainLoader:
         first_batch: int = 0,
         prefetch: int = 2,
         keep_rows: bool = False,
+        buffer: HeldRows | None = None,
     ) -> None:
         used = plan.datasets_from(first_batch)
         missing = [name for name in used if name not in datasets]
         if missing:
             raise DataError(f"the plan uses datasets that are not open: {', '.join(missing)}")
         self._plan = plan
-        self._rows = RowReader([datasets[name] for name in used], seq_length, vocab_size)
-        places = {name: place for place, name in enumerate(used)}
-        self._places = np.array([places.get(name, -1) for name in plan.datasets])
+        self._sources = RowSources(
+            {name: datasets[name] for name in used},
+            plan.datasets,
+            seq_length,
+            vocab_size,
+            eod_mask_loss,
+            buffer,
+        )
         self._seq_length = seq_length
         self._dp = (dp_rank, dp_size)
         self._micro_batch_size = micro_batch_size
         self._eod_mask_loss = eod_mask_loss
         self._keep_rows = keep_rows
-        self._ones = np.ones((0, seq_length), dtype=np.float32)
         self._delivered = first_batch - 1
         self._prefetch = max(1, prefetch)
         self._closed = False
@@ -165,39 +170,24 @@ class TrainLoader:
         places = range(size) if self._eod_mask_loss or self._keep_rows else mine
         rows = self._plan.rows(batch, places.start, places.stop)
         own = slice(mine.start - places.start, mine.stop - places.start)
-        dataset, sample = self._places[rows.dataset], np.asarray(rows.sample, dtype=np.int64)
-        mask, num_left_out = self._mask(dataset, sample, own)
-        num_unmasked = size * self._seq_length - num_left_out
+        samples = self._sources.read(rows, own)
+        num_unmasked = size * self._seq_length - samples.num_left_out
         if num_unmasked == 0:
             raise DataError(
                 f"no target of batch {batch} counts: batch.eod_mask_loss leaves the first token of "
                 f"each document out, and its {size} rows hold nothing but first tokens; leave the "
                 "option out or use longer documents"
             )
-        samples = self._rows.read(dataset[own], sample[own])
         replayed = np.asarray(rows.kind)[own] == REPLAY
         return RankBatch(
             batch=batch,
-            micro_batches=cut_micro_batches(samples, mask, replayed, self._micro_batch_size),
+            micro_batches=cut_micro_batches(
+                samples.tokens, samples.mask, replayed, self._micro_batch_size
+            ),
             num_unmasked=num_unmasked,
             rows=rows if self._keep_rows else None,
+            buffer_seconds=samples.buffer_seconds,
         )
-
-    def _mask(
-        self, dataset: NDArray[np.int32], sample: NDArray[np.int64], own: slice
-    ) -> tuple[NDArray[np.float32], int]:
-        """Return the mask of this rank's rows, and how many targets of all ranks' do not count."""
-        shape = (own.stop - own.start, self._seq_length)
-        if not self._eod_mask_loss:
-            # One array for all batches: nothing writes to it.
-            if self._ones.shape != shape:
-                self._ones = np.ones(shape, dtype=np.float32)
-            return self._ones, 0
-        rows, positions = self._rows.document_ends(dataset, sample)
-        inside = (rows >= own.start) & (rows < own.stop)
-        mask = np.ones(shape, dtype=np.float32)
-        mask[rows[inside] - own.start, positions[inside]] = 0
-        return mask, len(rows)
 
 
 class _ReadAhead:

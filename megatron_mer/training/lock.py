@@ -37,10 +37,12 @@ class RunLock:
     Args:
         root: the directory; the lock is its file `.lock`.
         beat: seconds from one heartbeat to the next.
+        key: of the configuration, which gave the directory.
     """
 
-    def __init__(self, root: Path, beat: float = BEAT_SECONDS) -> None:
+    def __init__(self, root: Path, beat: float = BEAT_SECONDS, key: str = "output_dir") -> None:
         self._root = root
+        self._key = key
         self._beat = beat
         self._id = uuid.uuid4().hex
         self._file = -1
@@ -102,8 +104,8 @@ class RunLock:
             os.close(self._file)
         self._file = -1
         return ConfigError(
-            f"output_dir: given {self._root}, where a run is alive ({_name(owner)}); wait for it, "
-            "stop it, or choose another directory with --output_dir PATH"
+            f"{self._key}: given {self._root}, where a run is alive ({_name(owner)}); wait for it, "
+            f"stop it, or choose another directory with --{self._key} PATH"
         )
 
     def _lives(self, owner: dict[str, Any], locked: bool) -> bool:

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mer.checkpoint import CheckpointWriter
-from megatron_mer.continual.plan import Entry
+from megatron_mer.continual.entries import Entry
 from megatron_mer.continual.reptile import Reptile, ReptileUpdate
-from megatron_mer.data.batches import Rows
+from megatron_mer.data.batches import RankBatch, Rows
 from megatron_mer.data.loader import TrainLoader
 from megatron_mer.engine.distributed import device, first_failure
 from megatron_mer.engine.training_engine import StepOutcome, TrainingEngine
@@ -27,6 +27,7 @@ from megatron_mer.training.learning_rate import lr_of
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.resume import settings
+from megatron_mer.training.run_buffer import RunBuffer
 from megatron_mer.training.run_state import RunState
 from megatron_mer.training.sources import SourceLosses
 from megatron_mer.training.summary import show_results, write_results
@@ -57,6 +58,7 @@ class Trainer:
         rank: this rank.
         world_size: number of ranks.
         trackers: metric services, caught up with the files; None: there are none.
+        buffer: the replay buffer as it was at ``state``; None: replay is from the stream.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Trainer:
         rank: int,
         world_size: int,
         trackers: Trackers | None = None,
+        buffer: RunBuffer | None = None,
     ) -> None:
         self.config = prepared.config
         self.plan = prepared.plan
@@ -79,6 +82,8 @@ class Trainer:
         self.rank = rank
         self.world_size = world_size
         self.trackers = trackers or Trackers()
+        self.buffer = buffer
+        self._waited_for_buffer = 0.0
         self.evaluator = Evaluator(prepared.valid, engine, prepared.config.batch.micro_batch_size)
         self._sources = SourceLosses(prepared.plan)
         self._usage = Usage(prepared.config, world_size, device())
@@ -127,6 +132,8 @@ class Trainer:
             eod_mask_loss=config.batch.eod_mask_loss,
             first_batch=self.state.batches,
             keep_rows=self.rank == 0,
+            buffer=self.buffer.rows if self.buffer else None,
+            prefetch=config.replay.prefetch if config.replay else 2,
         )
 
     def _step(self, batch: int, loader: TrainLoader | None, progress: Progress) -> None:
@@ -134,9 +141,11 @@ class Trainer:
         lr = lr_of(self.config, self.plan, batch, self.state.updates, self.state.horizon)
         data = next(loader) if loader else None
         waited = time.perf_counter() - begin
-        report = (waited, self._usage.memory_gib(), self._checkpoints.report())
-        outcome = self.engine.train_step(data, lr, report)
+        outcome = self.engine.train_step(data, lr, self._report(data, waited))
         update = self._count(batch, outcome, loader)
+        if self.buffer:
+            self._waited_for_buffer = self.buffer.apply(batch)
+            self.buffer.settle(outcome.reports[:, 4].tolist())
         seconds = time.perf_counter() - begin
         self.state.seconds += seconds
         entry = self.plan.entry_of(batch)
@@ -146,8 +155,20 @@ class Trainer:
             self.outputs.append_metrics(line)
             self.trackers.metrics(line)
             self._show(entry, line, progress)
-        self._checkpoints.advance(outcome.reports[:, 2].tolist())
+        self._checkpoints.advance(outcome.reports[:, 3].tolist())
         self._after(batch, entry, outcome)
+
+    def _report(self, data: RankBatch | None, waited: float) -> tuple[float, ...]:
+        """What every rank hears of this one: waits, memory, how far its writes are."""
+        # A batch that was there in time waited for nothing; else for what the buffer took of it.
+        replay = min(waited, data.buffer_seconds) if data else 0.0
+        return (
+            waited,
+            replay + self._waited_for_buffer,
+            self._usage.memory_gib(),
+            self._checkpoints.report(),
+            self.buffer.report() if self.buffer else 0.0,
+        )
 
     def _count(
         self, batch: int, outcome: StepOutcome, loader: TrainLoader | None
@@ -190,7 +211,7 @@ class Trainer:
     ) -> dict[str, Any]:
         tokens = len(outcome.rows) * self.config.model.seq_length
         by_kind = self._sources.by_kind(rows, outcome.rows)
-        waited, memory = outcome.reports[:, :2].max(0).tolist()
+        waited, replay_waited, memory = outcome.reports[:, :3].max(0).tolist()
         line = {
             "step": self.state.updates if outcome.applied else None,
             "batch": batch,
@@ -205,6 +226,7 @@ class Trainer:
             "consumed_fresh_samples": self.plan.fresh_rows_before(self.state.batches),
             "step_seconds": round(seconds, 6),
             "data_wait_seconds": round(waited, 6),
+            **({"replay_wait_seconds": round(replay_waited, 6)} if self.buffer else {}),
             **self._usage.speed(tokens, seconds),
             "memory_gib": round(memory, 3),
             "loss_by_task": self._sources.by_task(rows, outcome.rows),
@@ -343,8 +365,10 @@ class Trainer:
                 history=self.plan.history(),
                 settings=self._settings,
                 reptile=self.reptile.counters() if self.reptile else None,
+                buffer=self.buffer.saved(self.state.updates) if self.buffer else None,
             ),
             permanent,
+            self.buffer.flush() if self.buffer else None,
         )
         self._saved_at = self.state.batches
         if self.rank == 0:
@@ -360,6 +384,8 @@ class Trainer:
 
     def _committed(self, step: int) -> None:
         self.outputs.write_status("running", step)
+        if self.buffer:
+            self.buffer.prune()
 
     def _reptile_tensors(self) -> Mapping[str, Sequence[Tensor]]:
         return self.reptile.tensors() if self.reptile else {}

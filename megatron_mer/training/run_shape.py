@@ -11,7 +11,8 @@ from megatron_mer.analysis.run_logs import whole
 from megatron_mer.analysis.snapshot import TaskSpan, TaskState
 from megatron_mer.analysis.tail import WholeFile
 from megatron_mer.config.yaml12 import read_yaml
-from megatron_mer.continual.plan import Entry, Plan
+from megatron_mer.continual.entries import Entry
+from megatron_mer.continual.plan import Plan
 from megatron_mer.errors import MegatronMerError
 
 

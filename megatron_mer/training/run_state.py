@@ -36,6 +36,7 @@ class RunState:
         history: list[dict[str, Any]],
         settings: Mapping[str, Any],
         reptile: dict[str, int] | None,
+        buffer: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The state as a checkpoint keeps it.
 
@@ -43,6 +44,7 @@ class RunState:
             history: the plan's history.
             settings: what of the configuration a resumed run is compared with.
             reptile: Reptile's counters, None without Reptile.
+            buffer: what the replay buffer's records are for this moment, None without a buffer.
         """
         return {
             "format_version": FORMAT_VERSION,
@@ -55,6 +57,7 @@ class RunState:
             "history": history,
             "settings": dict(settings),
             "reptile": reptile,
+            **({"buffer": dict(buffer)} if buffer else {}),
         }
 
     @classmethod

@@ -30,6 +30,7 @@ from megatron_mer.training.loop import Trainer
 from megatron_mer.training.outputs import RunDirectory, Status
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.resume import changes, incomparable, resumed
+from megatron_mer.training.run_buffer import open_buffer
 from megatron_mer.training.run_state import RunState
 from megatron_mer.training.summary import show_results, write_results
 from megatron_mer.training.trackers import Tracker, Trackers
@@ -212,13 +213,24 @@ def _train(
     dist.barrier()
     if rank == 0:
         _record_start(prepared, outputs, info, state, world_size, accept)
-    trackers = _trackers(prepared.config, outputs, state, rank)
-    try:
-        trainer = Trainer(prepared, engine, reptile, state, outputs, rank, world_size, trackers)
-        with contextlib.closing(trainer):
-            trainer.run()
-    finally:
-        trackers.finish()
+    with contextlib.ExitStack() as stack:
+        trackers = _trackers(prepared.config, outputs, state, rank)
+        stack.callback(trackers.finish)
+        buffer = open_buffer(
+            prepared,
+            info.run_state if info else None,
+            state.batches,
+            engine,
+            rank,
+            outputs.checkpoints,
+        )
+        if buffer:
+            stack.callback(buffer.close)
+        trainer = Trainer(
+            prepared, engine, reptile, state, outputs, rank, world_size, trackers, buffer
+        )
+        stack.callback(trainer.close)
+        trainer.run()
 
 
 def _take_weights(engine: TrainingEngine, config: RunConfig, state: RunState, rank: int) -> None:

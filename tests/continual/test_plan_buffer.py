@@ -232,9 +232,13 @@ def test_disk_use_stays_below_twice_the_capacity() -> None:
 
 def test_a_buffer_without_a_past_row_is_told() -> None:
     plan = Plan(a_spec(steps=(1, 4000), capacity=2))
-    with pytest.raises(DataError, match=r"batch \d+: the replay buffer holds no sample that may"):
+
+    def every_batch() -> None:
         for batch in range(1, 4000):
             plan.rows(batch)
+
+    with pytest.raises(DataError, match=r"batch \d+: the replay buffer holds no sample that may"):
+        every_batch()
 
 
 @pytest.mark.parametrize(

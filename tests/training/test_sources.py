@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_mer.continual.plan import Entry, Rows
+from megatron_mer.continual.entries import Entry, Rows
 from megatron_mer.training.sources import SourceLosses
 
 
