@@ -98,7 +98,8 @@ def tiny_config(corpus: Path, output_dir: Path) -> dict[str, Any]:
 
 
 MEASURED = (
-    "step_seconds", "tokens_per_second", "mfu", "data_wait_seconds", "replay_wait_seconds", "memory_gib", "seconds"
+    "step_seconds", "tokens_per_second", "mfu", "data_wait_seconds", "replay_wait_seconds",
+    "memory_gib", "seconds",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from megatron_mer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mer.errors import ConfigError, DataError, Problem
 from megatron_mer.log import get_logger
 from megatron_mer.optim.schedule import check_schedule
+from megatron_mer.training.gone_datasets import GoneDataset, is_gone, known_datasets
 from megatron_mer.training.learning_rate import check_tasks
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.warm_start import warm_start_problems, with_old_stream
@@ -40,6 +41,8 @@ class Prepared:
     """Held-out sets by name."""
     plan: Plan
     """From batch 0; a resumed run has its own, see `training.resume`."""
+    gone: Mapping[str, GoneDataset] = field(default_factory=dict)
+    """Training datasets by name that are not there any more, and need not be."""
 
 
 def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared:
@@ -67,7 +70,10 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
         problems += _collect(problems, "checkpoint.init_from", fits) or []
     problems += check_layout(config, world_size)
     problems += missing_trackers(config)
-    training = dict(_open_training(config, tokenizer, problems))
+    known = known_datasets(config, fresh)
+    training = dict(_open_training(config, tokenizer, known, problems))
+    names = {dataset.name for task in config.stream for dataset in task.train}
+    gone = {name: known[name] for name in names & known.keys() if name not in training}
     valid = dict(_open_valid(config, tokenizer, problems))
     _warn_of_copies(training)
     if text := missing_sidecars(training.values()):
@@ -75,10 +81,10 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
     plan = None
     if not problems:
         started = not fresh and RunDirectory(config.output_dir).has_checkpoint()
-        plan = _collect(problems, "stream", lambda: _plan(config, training, started))
+        plan = _collect(problems, "stream", lambda: _plan(config, training, gone, started))
     if problems or tokenizer is None or plan is None:
         raise ConfigError(problems)
-    return Prepared(config, tokenizer, training, valid, plan)
+    return Prepared(config, tokenizer, training, valid, plan, gone)
 
 
 def _warm_start(config: RunConfig, fingerprint: str, fresh: bool) -> list[Problem]:
@@ -105,7 +111,12 @@ def _warn_of_copies(training: Mapping[str, IndexedDataset]) -> None:
             logger.warning(text, other, name)
 
 
-def _plan(config: RunConfig, training: Mapping[str, IndexedDataset], started: bool) -> Plan:
+def _plan(
+    config: RunConfig,
+    training: Mapping[str, IndexedDataset],
+    gone: Mapping[str, GoneDataset],
+    started: bool,
+) -> Plan:
     seq_length = config.model.seq_length
     spec = plan_spec(
         stream=config.stream,
@@ -114,8 +125,11 @@ def _plan(config: RunConfig, training: Mapping[str, IndexedDataset], started: bo
         global_batch_size=config.batch.global_batch_size,
         seq_length=seq_length,
         dataset_sizes={
-            name: num_samples(dataset.num_tokens, seq_length, str(dataset.prefix))
-            for name, dataset in training.items()
+            **{name: dataset.num_samples for name, dataset in gone.items()},
+            **{
+                name: num_samples(dataset.num_tokens, seq_length, str(dataset.prefix))
+                for name, dataset in training.items()
+            },
         },
     )
     plan = Plan(spec, allow_exhausted=started)
@@ -127,7 +141,10 @@ def _plan(config: RunConfig, training: Mapping[str, IndexedDataset], started: bo
 
 
 def _open_training(
-    config: RunConfig, tokenizer: Tokenizer | None, problems: list[Problem]
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    known: Mapping[str, GoneDataset],
+    problems: list[Problem],
 ) -> Iterator[tuple[str, IndexedDataset]]:
     seen = set()
     for index, task in enumerate(config.stream):
@@ -136,6 +153,8 @@ def _open_training(
             if name in seen:
                 continue
             seen.add(name)
+            if name in known and is_gone(dataset.prefix):
+                continue
             path = f"stream.{index}.train.{place}.prefix"
             opened = _open(dataset.prefix, path, config, tokenizer, problems)
             if opened is not None:

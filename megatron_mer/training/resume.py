@@ -31,9 +31,13 @@ def settings(prepared: Prepared) -> dict[str, Any]:
         "tokenizer": prepared.tokenizer.fingerprint,
         "tp_size": config.parallel.tp_size,
         "eod_mask_loss": config.batch.eod_mask_loss,
-        "content": {name: data.content_id() for name, data in prepared.datasets.items()},
+        "content": {
+            **{name: data.content for name, data in prepared.gone.items()},
+            **{name: data.content_id() for name, data in prepared.datasets.items()},
+        },
         "prefixes": {
-            name: os.path.abspath(data.prefix) for name, data in prepared.datasets.items()
+            **{name: data.prefix for name, data in prepared.gone.items()},
+            **{name: os.path.abspath(data.prefix) for name, data in prepared.datasets.items()},
         },
         "evaluate": asdict(config.evaluate) if config.evaluate else None,
         "optimizer": _json(asdict(config.optimizer)),
@@ -120,6 +124,11 @@ def _retired(
     for name in plan.datasets_from(int(saved["batches"])):
         if name in prepared.datasets:
             continue
+        if name in prepared.gone:
+            given = f"there is no dataset {prepared.gone[name].prefix}, which batches from "
+            given += f"{saved['batches']} on read as {name!r}"
+            remedy = "bring it back: the replay buffer has only samples of what was trained on"
+            raise ConfigError([Problem("stream", given, remedy=remedy)])
         prefix = str(saved["settings"].get("prefixes", {}).get(name, name))
         text = f"dataset {name!r}, trained on and now in the replay pool, left the configuration"
         remedy = "bring it back, go on without replay, or begin anew with --fresh"

@@ -12,7 +12,7 @@ from megatron_mer.continual.replay_buffer import FAILED, NOTHING_TO_WRITE, Repla
 from megatron_mer.data.record_store import RecordStore
 from megatron_mer.engine.distributed import first_failure
 from megatron_mer.engine.training_engine import TrainingEngine
-from megatron_mer.errors import CheckpointError, DataError
+from megatron_mer.errors import CheckpointError, DataError, TrainingError
 from megatron_mer.log import get_logger
 from megatron_mer.training.buffer_folder import About, BufferFolder, folder_of, saved_buffer
 from megatron_mer.training.preflight import Prepared
@@ -55,11 +55,11 @@ class RunBuffer:
         """Read what all ranks have written from the buffer. Costs nothing unless one failed.
 
         Raises:
-            DataError: on all ranks when any could not write.
+            TrainingError: on all ranks when any could not write.
         """
         if min(reports) == FAILED:
             reason = first_failure(self.rows.failure() if self.rows else None)
-            raise DataError(
+            raise TrainingError(
                 f"the replay buffer in {self._path} could not be written ({reason}); checkpoints "
                 "and the records that they need are whole. Check the space and the rights there, "
                 "then start again: the run resumes"

@@ -9,7 +9,13 @@ import torch
 
 
 def train(
-    arguments, kill_after=None, poison=None, record=None, disk_full_at=None, count_blocks=False
+    arguments,
+    kill_after=None,
+    poison=None,
+    record=None,
+    disk_full_at=None,
+    count_blocks=False,
+    buffer_full_at=None,
 ):
     """Run the training program as its script does.
 
@@ -32,6 +38,8 @@ def train(
         _record(Path(record))
     if disk_full_at is not None:
         _disk_full(disk_full_at)
+    if buffer_full_at is not None:
+        _buffer_full(buffer_full_at)
     blocks = _count_blocks() if count_blocks else []
     code = main.main(arguments)
     if code:
@@ -86,6 +94,27 @@ def _disk_full(step):
         return write(temporary, fragments, rank, world_size, stop)
 
     writer.write_rank = full
+
+
+def _buffer_full(batch):
+    import errno
+
+    from megatron_mer.continual.replay_buffer import ReplayBuffer
+
+    apply = ReplayBuffer.apply
+
+    def full(self, done):
+        if done == batch and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            path = str(self._store.path(0))
+
+            def refuse(*_):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+            self._store.write = refuse
+            self._store.copy = refuse
+        return apply(self, done)
+
+    ReplayBuffer.apply = full
 
 
 def _count_blocks():

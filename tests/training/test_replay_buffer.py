@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_run import TinyRun
+
 pytestmark = pytest.mark.dist
 
 BUFFER = ("--replay.source=buffer", "--replay.capacity_samples=40")
@@ -15,6 +17,12 @@ BUFFER = ("--replay.source=buffer", "--replay.capacity_samples=40")
 
 def records(run: Path) -> set[str]:
     return {path.name for path in (run / "buffer").glob("*.rec")}
+
+
+def kill(tiny: TinyRun, config: Path, after: int, *options: str, world_size: int = 1) -> None:
+    """Run until the line of a batch is written."""
+    tiny.train(config, *options, world_size=world_size, kill_after=after, expect_failure=True)
+    assert len(tiny.lines(config.stem)) == after + 1
 
 
 def test_a_run_replays_from_its_buffer(tiny):
@@ -64,7 +72,7 @@ def rows_by_batch(folder: Path) -> dict[int, list]:
 def test_killed_it_goes_on_to_the_bit_at_any_number_of_ranks(tiny, ranks, after):
     tiny.train(tiny.write("alone"), *BUFFER, world_size=ranks)
     config = tiny.write("killed")
-    codes = tiny.train(config, *BUFFER, world_size=ranks, kill_after=11, expect_failure=True)
+    codes = kill(tiny, config, 11, *BUFFER, world_size=ranks)
     assert set(codes) == {-9}
     tiny.train(config, *BUFFER, world_size=after)
     if after == ranks:
@@ -78,7 +86,7 @@ def test_a_checkpoint_older_than_the_newest_finds_its_records(tiny):
     options = (*BUFFER, "--checkpoint.every_steps=2", "--checkpoint.keep_last=8")
     tiny.train(tiny.write("alone"), *options)
     config = tiny.write("back")
-    tiny.train(config, *options, kill_after=17, expect_failure=True)
+    kill(tiny, config, 17, *options)
     run = tiny.folder / "back"
     for step in (12, 14, 16, 18):
         shutil.rmtree(run / f"checkpoints/step_{step:09d}")
@@ -91,8 +99,143 @@ def test_a_checkpoint_older_than_the_newest_finds_its_records(tiny):
 def test_a_lost_buffer_is_built_again_from_the_datasets(tiny):
     tiny.train(tiny.write("alone"), *BUFFER)
     config = tiny.write("lost")
-    tiny.train(config, *BUFFER, kill_after=11, expect_failure=True)
+    kill(tiny, config, 11, *BUFFER)
     shutil.rmtree(tiny.folder / "lost/buffer")
     tiny.train(config, *BUFFER)
     assert "it is built again from the datasets" in (tiny.folder / "lost/train.log").read_text()
     assert tiny.results("lost") == tiny.results("alone")
+
+
+def moved_corpus(tiny) -> TinyRun:
+    """Tiny runs over a corpus of their own, which may be taken apart."""
+    shutil.copytree(tiny.corpus, tiny.folder / "corpus")
+    return TinyRun(tiny.folder / "corpus", tiny.folder)
+
+
+def remove_dataset(tiny: TinyRun, name: str) -> None:
+    for path in tiny.corpus.glob(f"{name}.*"):
+        path.unlink()
+
+
+def test_past_corpora_may_go(tiny):
+    tiny.train(tiny.write("alone"), *BUFFER)
+    own = moved_corpus(tiny)
+    config = own.write("gone")
+    kill(own, config, 15, *BUFFER)
+    for name in ("en", "fr"):
+        remove_dataset(own, name)
+    kill(own, config, 17, *BUFFER)
+    own.train(config, *BUFFER)  # ... which a second resume still knows of.
+    assert own.results("gone") == own.results("alone")
+    ledger = json.loads((own.folder / "gone/ledger.json").read_text())
+    assert ledger["datasets"]["en"]["replayed"] > 0
+
+
+def test_what_is_still_trained_on_may_not_go(tiny):
+    own = moved_corpus(tiny)
+    config = own.write("gone")
+    kill(own, config, 11, *BUFFER)
+    remove_dataset(own, "fr")
+    said = own.train(config, *BUFFER, expect_failure=True, output=True)
+    assert "which batches from 10 on read as 'fr'" in said
+    remove_dataset(own, "en")
+    # Without its buffer the run cannot do without them.
+    shutil.rmtree(own.folder / "gone/buffer")
+    (own.corpus / "fr.bin").write_bytes((tiny.corpus / "fr.bin").read_bytes())
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(tiny.corpus / f"fr.{suffix}", own.corpus)
+    said = own.train(config, *BUFFER, expect_failure=True, output=True)
+    assert "needs samples of dataset 'en' that it does not hold yet" in said
+
+
+def test_segments_go_when_no_checkpoint_needs_them(tiny):
+    options = (
+        "--replay.source=buffer",
+        "--replay.capacity_samples=20",
+        "--checkpoint.every_steps=1",
+        "--checkpoint.keep_last=1",
+    )
+    tiny.train(tiny.write("run"), *options, world_size=2)
+    run = tiny.folder / "run"
+    needed = set()
+    for path in (run / "checkpoints").glob("step_*"):
+        saved = json.loads((path / "run_state.json").read_text())["buffer"]
+        for first, end in saved["segments"]:
+            needed |= {f"segment_{number:09d}.rec" for number in range(first, end)}
+    last = saved["tail"] // saved["segment_records"]
+    kept = {name for name in records(run) if int(name[8:-4]) < last}
+    assert kept <= needed
+    assert len(list((run / "checkpoints").glob("step_*"))) == 3
+
+
+def test_a_folder_of_another_run_is_refused(tiny):
+    place = f"--replay.dir={tiny.folder / 'shared'}"
+    tiny.train(tiny.write("first"), *BUFFER, place, kill_after=8, expect_failure=True)
+    said = tiny.train(tiny.write("second"), *BUFFER, place, expect_failure=True, output=True)
+    assert f"which has the buffer of run 'tiny' of {tiny.folder / 'first'}" in said
+    tiny.train(tiny.write("first"), *BUFFER, place)
+    assert (tiny.folder / "first/status.json").read_text().count('"done"') == 1
+
+
+def test_a_damaged_record_ends_the_run_with_its_place(tiny):
+    config = tiny.write("run")
+    kill(tiny, config, 15, *BUFFER)
+    for path in (tiny.folder / "run/buffer").glob("*.rec"):
+        content = bytearray(path.read_bytes())
+        content[100] ^= 1
+        path.write_bytes(content)
+    said = tiny.train(config, *BUFFER, expect_failure=True, output=True)
+    assert "reading batch" in said
+    assert ".rec" in said
+    status = json.loads((tiny.folder / "run/status.json").read_text())
+    assert status["status"] == "failed"
+    # It can be built again, since the datasets are there.
+    shutil.rmtree(tiny.folder / "run/buffer")
+    tiny.train(config, *BUFFER)
+    tiny.train(tiny.write("alone"), *BUFFER)
+    assert tiny.results("run") == tiny.results("alone")
+
+
+def test_a_full_disk_ends_every_rank_with_the_cause_and_the_run_resumes(tiny):
+    tiny.train(tiny.write("alone"), *BUFFER, world_size=2)
+    config = tiny.write("full")
+    codes = tiny.train(config, *BUFFER, world_size=2, expect_failure=True, buffer_full_at=9)
+    assert codes == [1, 1]
+    status = json.loads((tiny.folder / "full/status.json").read_text())
+    assert status["status"] == "failed"
+    assert "rank" not in status["reason"] or "No space left" in status["reason"]
+    assert "No space left" in status["reason"]
+    tiny.train(config, *BUFFER, world_size=2)
+    assert tiny.results("full") == tiny.results("alone")
+
+
+@pytest.mark.parametrize("policy", ["equal", "uniform"])
+def test_capacity_by_task_and_what_was_trained_before(tiny, policy):
+    capacity = "--replay.capacity_samples={base: 9, fr: 12, de: 5}"
+
+    def before(config):
+        config["stream"][0] = {
+            "task": "base",
+            "trained_before": True,
+            "train": config["stream"][0]["train"],
+        }
+
+    options = ("--replay.source=buffer", capacity, f"--replay.policy={policy}")
+    tiny.train(tiny.write("alone", before), *options)
+    config = tiny.write("killed", before)
+    kill(tiny, config, 11, *options)
+    tiny.train(config, *options)
+    assert tiny.results("killed") == tiny.results("alone")
+    assert tiny.lines("alone")[0]["replay_rows"] > 0
+
+
+def test_a_run_may_change_to_a_buffer(tiny):
+    config = tiny.write("run")
+    kill(tiny, config, 11)
+    said = tiny.train(config, *BUFFER, expect_failure=True, output=True)
+    assert "replay.source was stream, is buffer" in said
+    tiny.train(config, *BUFFER, "--accept", "replay")
+    assert len(tiny.lines("run")) == 20
+    other = ("--replay.source=buffer", "--replay.capacity_samples=41")
+    said = tiny.train(config, *other, "--accept", "replay", expect_failure=True, output=True)
+    assert "replay.capacity_samples was 40, is 41" in said

@@ -13,8 +13,15 @@ from megatron_mer.training.outputs import read_lines
 
 # No two runs have these in common.
 _MEASURED = frozenset(
-    ("step_seconds", "tokens_per_second", "mfu", "data_wait_seconds", "replay_wait_seconds")
-    + ("memory_gib", "seconds")
+    (
+        "step_seconds",
+        "tokens_per_second",
+        "mfu",
+        "data_wait_seconds",
+        "replay_wait_seconds",
+        "memory_gib",
+        "seconds",
+    )
 )
 _IN_STATE = ("batches", "updates", "horizon", "skipped_in_a_row", "history", "reptile")
 
