@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mer.checkpoint import CheckpointWriter
+from megatron_mer.checkpoint.copier import NoCopies
 from megatron_mer.continual.plan import Entry
 from megatron_mer.continual.reptile import Reptile, ReptileUpdate
 from megatron_mer.data.batches import Rows
@@ -22,6 +23,7 @@ from megatron_mer.log import get_logger
 from megatron_mer.model import Dimensions
 from megatron_mer.training.bounds import bound_text, over_bound
 from megatron_mer.training.console import Progress
+from megatron_mer.training.copies import SECONDS_AT_THE_END, copier
 from megatron_mer.training.evaluation import Evaluator
 from megatron_mer.training.learning_rate import lr_of
 from megatron_mer.training.outputs import RunDirectory
@@ -86,6 +88,7 @@ class Trainer:
         self._settings = settings(prepared)
         self._saved_at = -1
         self._logged_at = 0.0
+        self._copies = copier(prepared.config, outputs) if rank == 0 else NoCopies()
         self._checkpoints = CheckpointWriter(
             outputs.checkpoints,
             rank=rank,
@@ -96,7 +99,9 @@ class Trainer:
             snapshot_bytes=engine.checkpoint_bytes(self._reptile_tensors()),
             pin_memory=device().type == "cuda",
             committed=self._committed,
+            in_use=self._copies.in_hand,
         )
+        self._copies.start()
 
     def run(self) -> None:
         """Train to the end and write the results. Collective."""
@@ -320,6 +325,7 @@ class Trainer:
             return
         self.save()
         self.wait_for_checkpoint()
+        self._copies.finish(SECONDS_AT_THE_END)
         raise RunStopped(
             f"{text}; a checkpoint was saved. Start again to go on to the next evaluation, raise "
             "the bound, or change replay (--accept replay)"
@@ -357,9 +363,11 @@ class Trainer:
     def close(self) -> None:
         """Return when this rank writes no checkpoint any more; an unfinished one is given up."""
         self._checkpoints.close()
+        self._copies.close()
 
     def _committed(self, step: int) -> None:
         self.outputs.write_status("running", step)
+        self._copies.offer(step)
 
     def _reptile_tensors(self) -> Mapping[str, Sequence[Tensor]]:
         return self.reptile.tensors() if self.reptile else {}
@@ -374,6 +382,7 @@ class Trainer:
         dist.barrier()
         if self.rank == 0:
             self.outputs.write_status("done", self.state.updates)
+        self._copies.finish(SECONDS_AT_THE_END)
 
 
 def _finite(value: float | None) -> float | None:
