@@ -78,8 +78,13 @@ def write_json(path: Path, value: Any) -> FileFacts:
 
 def replace_text(path: Path, text: str) -> None:
     """Put a new text in the place of a small file: a reader sees the old one or the new one."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Put new content in the place of a small file: a reader sees the old one or the new one."""
     temporary = path.with_name(path.name + TEMPORARY)
-    write_bytes(temporary, iter([text.encode()]))
+    write_bytes(temporary, iter([content]))
     os.rename(temporary, path)
     sync_directory(path.parent)
 

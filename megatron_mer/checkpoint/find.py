@@ -160,7 +160,7 @@ def damaged(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
     try:
         files = _files(path)
         for name, (size, checksum) in files.items():
-            if _reader(name, world_size) != rank:
+            if reader_of(name, world_size) != rank:
                 continue
             problem = _size(path / name, size)
             if problem:
@@ -173,7 +173,7 @@ def damaged(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
     return None
 
 
-def _reader(name: str, world_size: int) -> int:
+def reader_of(name: str, world_size: int) -> int:
     """The rank that checks a file: the one that wrote it, if as many ranks did."""
     number = name.removeprefix("rank_").split(".")[0]
     return int(number) % world_size if number.isdecimal() else 0
@@ -186,11 +186,25 @@ def _files(path: Path) -> dict[str, tuple[int, str | None]]:
         CheckpointError: another format version.
         OSError, ValueError, KeyError, TypeError: it is not there, or no manifest.
     """
-    manifest = json.loads((path / MANIFEST).read_text())
+    return manifest_files((path / MANIFEST).read_bytes(), path)
+
+
+def manifest_files(text: bytes, where: object) -> dict[str, tuple[int, str | None]]:
+    """Size and SHA-256 of every file by a manifest's text; format 1 has no SHA-256.
+
+    Args:
+        text: the manifest.
+        where: the checkpoint, for the error.
+
+    Raises:
+        CheckpointError: another format version.
+        ValueError, KeyError, TypeError: it is no manifest.
+    """
+    manifest = json.loads(text)
     version = manifest["format"]
     if version not in _READ_FORMATS:
         raise CheckpointError(
-            f"{path} has checkpoint format {version}, this program reads "
+            f"{where} has checkpoint format {version}, this program reads "
             f"{' and '.join(map(str, _READ_FORMATS))}; use the version that wrote it"
         )
     if version == 1:

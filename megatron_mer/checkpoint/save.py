@@ -157,11 +157,16 @@ def write_manifest(
 
 def commit(root: Path, temporary: Path, final: Path) -> None:
     """Give the checkpoint its name, then point `latest` at it."""
+    give_name(root, temporary, final)
+    replace_text(root / LATEST, final.name + "\n")
+
+
+def give_name(root: Path, temporary: Path, final: Path) -> None:
+    """Rename what is whole; an older one of the same name can be found until then."""
     if final.exists():
         _step_aside(final)
     os.rename(temporary, final)
     sync_directory(root)
-    replace_text(root / LATEST, final.name + "\n")
 
 
 def _step_aside(final: Path) -> None:
@@ -175,8 +180,18 @@ def _step_aside(final: Path) -> None:
     os.rename(final, aside)
 
 
-def prune(root: Path, step: int, keep_last: int, keep_every: int | None) -> None:
-    """Remove what is no longer wanted; a failure here costs space, not the checkpoint."""
+def prune(
+    root: Path, step: int, keep_last: int, keep_every: int | None, in_use: str | None = None
+) -> None:
+    """Remove what is no longer wanted; a failure here costs space, not the checkpoint.
+
+    Args:
+        root: where checkpoints live.
+        step: of the newest one; those behind it are of a future that the run has left.
+        keep_last: newest ones to keep.
+        keep_every: those whose step is a multiple stay.
+        in_use: name of one that somebody reads: it stays until the next time.
+    """
     kept = 0
     for path in step_directories(root):
         number = parse_step(path.name)
@@ -184,7 +199,7 @@ def prune(root: Path, step: int, keep_last: int, keep_every: int | None) -> None
         if ours and not broken(path):
             kept += 1
             multiple = keep_every is not None and number is not None and number % keep_every == 0
-            if kept <= keep_last or multiple or is_permanent(path):
+            if kept <= keep_last or multiple or path.name == in_use or is_permanent(path):
                 continue
         if number is not None and number > step:
             logger.warning("removing %s: the run went back to before step %d", path, number)

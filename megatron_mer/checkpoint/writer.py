@@ -82,6 +82,7 @@ class CheckpointWriter:
         snapshot_bytes: Host memory to take at once for the copy of this rank's state.
         pin_memory: The state is on a GPU: take page-locked memory.
         committed: Called on rank 0 with the step of a checkpoint that is whole on the disk.
+        in_use: Gives on rank 0 the name of a checkpoint that must not be removed now.
 
     Raises:
         CheckpointError: on all ranks; the directory cannot be written, or memory is short.
@@ -99,6 +100,7 @@ class CheckpointWriter:
         snapshot_bytes: int = 0,
         pin_memory: bool = False,
         committed: Callable[[int], None] = lambda step: None,
+        in_use: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._root = Path(directory)
         self._rank = rank
@@ -107,6 +109,7 @@ class CheckpointWriter:
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._committed = committed
+        self._in_use = in_use
         self._write: _Write | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -240,7 +243,7 @@ class CheckpointWriter:
             write.temporary, write.step, self._world_size, write.run_state, write.permanent
         )
         commit(self._root, write.temporary, write.final)
-        prune(self._root, write.step, self._keep_last, self._keep_every)
+        prune(self._root, write.step, self._keep_last, self._keep_every, self._in_use())
 
     def _go_on(self) -> None:
         """Every rank is ready: name the checkpoint, or, if that is done, be done with it."""

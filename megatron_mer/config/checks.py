@@ -222,6 +222,35 @@ def _init(config: RunConfig) -> Problems:
         yield Problem("checkpoint.init_from", given, "another run", remedy)
 
 
+def local_path(place: str) -> str | None:
+    """The path that a path or URL means; None where it is not on this machine's file systems."""
+    protocol, mark, path = place.partition("://")
+    if mark and protocol not in ("file", "local"):
+        return None
+    return os.path.expanduser(path if mark else place)
+
+
+def _copy_to(config: RunConfig) -> Problems:
+    place = config.checkpoint.copy_to
+    if place is None:
+        return
+    path = local_path(place)
+    if path is None:
+        host = place.partition("://")[2].partition("/")[0]
+        if ":" in host.partition("@")[0] and "@" in host:
+            given = "given a URL with a password, which would stand in config.yaml and in the log"
+            remedy = "give it to the file system by its environment variables or configuration"
+            yield Problem("checkpoint.copy_to", given, "a URL without one", remedy)
+        elif not host or "::" in place:
+            allowed = "PATH or PROTOCOL://PLACE, such as s3://bucket/run"
+            yield Problem("checkpoint.copy_to", f"given {place!r}", allowed)
+        return
+    own, given = os.path.realpath(config.output_dir), os.path.realpath(path)
+    if os.path.commonpath([own, given]) == own:
+        text = f"given {place!r}, which lies in output_dir and would be lost with it"
+        yield Problem("checkpoint.copy_to", text, "a directory outside, best on another disk")
+
+
 def _dataset_names(config: RunConfig) -> Problems:
     """A name stands for one dataset, whose order and place go on when its task returns."""
     first: dict[str, tuple[str, str]] = {}
@@ -310,6 +339,7 @@ _RUN_CHECKS: Final[tuple[Callable[[Any], Problems], ...]] = (
     _trained,
     _trained_before_use,
     _init,
+    _copy_to,
     _dataset_names,
     _prefixes,
     _valid_names,

@@ -300,6 +300,11 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay; those at ends of tasks stay besides, always."""
     keep_every: Count | None = None
     """Those at every so many steps stay too, of the ones that are written."""
+    copy_to: Text | None = None
+    """A directory outside of output_dir, or a URL for fsspec (s3://bucket/run): each checkpoint is
+    copied there in the background, verified; what failed is tried again. The same ones stay there
+    as here (keep_last, keep_every, ends of tasks); there, as here, one more needs room meanwhile. A
+    start that finds a newer checkpoint there than in output_dir brings it back. One run a place."""
     init_from: Text | None = None
     """RUN@STEP, a checkpoint of another run whose weights this one starts from; its step, learning
     rate and stream begin anew."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_mer.config import RunConfig
 from megatron_mer.continual.stream_report import Spans, batch_rows, summarise
 from megatron_mer.continual.stream_tables import RowTable, summary_text
 from megatron_mer.continual.text_table import table, wrap
@@ -223,6 +224,8 @@ def _moments(start: _Start) -> dict[int, str]:
 def _output_dir(start: _Start, outputs: RunDirectory, fresh: bool, width: int) -> str:
     lines = [f"{outputs.root}: {_resume(start, outputs, fresh)}"]
     lines += [f"  {change}" for change in start.changes]
+    if not fresh and (copies := _copies(start.prepared.config, outputs)):
+        lines.append(f"checkpoint.copy_to: {copies}")
     status = outputs.read_status()
     host, process = status.get("host"), status.get("pid")
     if status.get("status") == "running" and host and _may_live(host, process):
@@ -231,6 +234,15 @@ def _output_dir(start: _Start, outputs: RunDirectory, fresh: bool, width: int) -
             "start is refused"
         )
     return "\n".join(wrap(line, width, "    ") for line in lines)
+
+
+def _copies(config: RunConfig, outputs: RunDirectory) -> str | None:
+    if config.checkpoint.copy_to is None:
+        return None
+    # It imports torch, as `_checkpoint` does.
+    from megatron_mer.training.copies import describe_copies
+
+    return describe_copies(config, outputs)
 
 
 def _may_live(host: str, process: int | None) -> bool:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mer.checkpoint import CheckpointWriter
+from megatron_mer.checkpoint.copier import NoCopies
 from megatron_mer.continual.entries import Entry
 from megatron_mer.continual.reptile import Reptile, ReptileUpdate
 from megatron_mer.data.batches import RankBatch, Rows
@@ -22,6 +23,7 @@ from megatron_mer.log import get_logger
 from megatron_mer.model import Dimensions
 from megatron_mer.training.bounds import bound_text, over_bound
 from megatron_mer.training.console import Progress
+from megatron_mer.training.copies import SECONDS_AT_THE_END, copier
 from megatron_mer.training.evaluation import Evaluator
 from megatron_mer.training.learning_rate import lr_of
 from megatron_mer.training.outputs import RunDirectory
@@ -30,15 +32,13 @@ from megatron_mer.training.resume import settings
 from megatron_mer.training.run_buffer import RunBuffer
 from megatron_mer.training.run_state import RunState
 from megatron_mer.training.sources import SourceLosses
+from megatron_mer.training.step_log import StepLog
 from megatron_mer.training.summary import show_results, write_results
 from megatron_mer.training.trackers import Trackers
 from megatron_mer.training.usage import Usage
 
 # After so many batches in a row without a finite gradient the weights are beyond mending.
 MAX_SKIPPED_IN_A_ROW = 20
-
-# Seconds between two lines about steps in the log.
-LOG_SECONDS = 10.0
 
 logger = get_logger(__name__)
 
@@ -90,7 +90,8 @@ class Trainer:
         self._prepared = prepared
         self._settings = settings(prepared)
         self._saved_at = -1
-        self._logged_at = 0.0
+        self._log = StepLog(prepared.plan.total_batches)
+        self._copies = copier(prepared.config, outputs) if rank == 0 else NoCopies()
         self._checkpoints = CheckpointWriter(
             outputs.checkpoints,
             rank=rank,
@@ -101,7 +102,9 @@ class Trainer:
             snapshot_bytes=engine.checkpoint_bytes(self._reptile_tensors()),
             pin_memory=device().type == "cuda",
             committed=self._committed,
+            in_use=self._copies.in_hand,
         )
+        self._copies.start()
 
     def run(self) -> None:
         """Train to the end and write the results. Collective."""
@@ -154,7 +157,7 @@ class Trainer:
             self.outputs.check_lock()
             self.outputs.append_metrics(line)
             self.trackers.metrics(line)
-            self._show(entry, line, progress)
+            self._log.show(line, progress, ends=self.state.batches == entry.last_batch)
         self._checkpoints.advance(outcome.reports[:, 3].tolist())
         self._after(batch, entry, outcome)
 
@@ -241,24 +244,6 @@ class Trainer:
             line["reptile_delta_cosine"] = update.delta_cosine
         return line
 
-    def _show(self, entry: Entry, line: dict[str, Any], progress: Progress) -> None:
-        loss = math.nan if line["loss"] is None else line["loss"]
-        progress.update(self.state.batches, entry.task, loss, line["tokens_per_second"])
-        ends = self.state.batches == entry.last_batch
-        if not ends and time.monotonic() - self._logged_at < LOG_SECONDS:
-            return
-        self._logged_at = time.monotonic()
-        logger.info(
-            "task %s  step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.0f tokens/s",
-            entry.task,
-            self.state.updates,
-            self.plan.total_batches,
-            loss,
-            math.nan if line["grad_norm"] is None else line["grad_norm"],
-            line["lr"],
-            line["tokens_per_second"],
-        )
-
     def _after(self, batch: int, entry: Entry, outcome: StepOutcome) -> None:
         """Evaluate and save where it is due."""
         ends = batch + 1 == entry.last_batch
@@ -342,6 +327,7 @@ class Trainer:
             return
         self.save()
         self.wait_for_checkpoint()
+        self._copies.finish(SECONDS_AT_THE_END)
         raise RunStopped(
             f"{text}; a checkpoint was saved. Start again to go on to the next evaluation, raise "
             "the bound, or change replay (--accept replay)"
@@ -381,11 +367,13 @@ class Trainer:
     def close(self) -> None:
         """Return when this rank writes no checkpoint any more; an unfinished one is given up."""
         self._checkpoints.close()
+        self._copies.close()
 
     def _committed(self, step: int) -> None:
         self.outputs.write_status("running", step)
         if self.buffer:
             self.buffer.prune()
+        self._copies.offer(step)
 
     def _reptile_tensors(self) -> Mapping[str, Sequence[Tensor]]:
         return self.reptile.tensors() if self.reptile else {}
@@ -400,6 +388,7 @@ class Trainer:
         dist.barrier()
         if self.rank == 0:
             self.outputs.write_status("done", self.state.updates)
+        self._copies.finish(SECONDS_AT_THE_END)
 
 
 def _finite(value: float | None) -> float | None:

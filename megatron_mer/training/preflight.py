@@ -18,6 +18,7 @@ from megatron_mer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mer.errors import ConfigError, DataError, Problem
 from megatron_mer.log import get_logger
 from megatron_mer.optim.schedule import check_schedule
+from megatron_mer.training.copy_target import copy_target_problems
 from megatron_mer.training.gone_datasets import GoneDataset, is_gone, known_datasets
 from megatron_mer.training.learning_rate import check_tasks
 from megatron_mer.training.outputs import RunDirectory
@@ -70,6 +71,7 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
         problems += _collect(problems, "checkpoint.init_from", fits) or []
     problems += check_layout(config, world_size)
     problems += missing_trackers(config)
+    problems += copy_target_problems(config.checkpoint.copy_to)
     known = known_datasets(config, fresh)
     training = dict(_open_training(config, tokenizer, known, problems))
     names = {dataset.name for task in config.stream for dataset in task.train}
@@ -80,7 +82,9 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
         logger.warning("%s", text)
     plan = None
     if not problems:
-        started = not fresh and RunDirectory(config.output_dir).has_checkpoint()
+        # A run without checkpoints may find them in the place of its copies.
+        copied = config.checkpoint.copy_to is not None
+        started = not fresh and (copied or RunDirectory(config.output_dir).has_checkpoint())
         plan = _collect(problems, "stream", lambda: _plan(config, training, gone, started))
     if problems or tokenizer is None or plan is None:
         raise ConfigError(problems)

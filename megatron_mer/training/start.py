@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -26,9 +25,12 @@ from megatron_mer.errors import CheckpointError, ConfigError, MegatronMerError, 
 from megatron_mer.log import get_logger, setup_logging
 from megatron_mer.optim.schedule import end_of_schedule, horizon, lr_at
 from megatron_mer.parallel import Layout
+from megatron_mer.training.bring_back import bring_back
+from megatron_mer.training.copies import copier, refuse_fresh
 from megatron_mer.training.loop import Trainer
 from megatron_mer.training.outputs import RunDirectory, Status
 from megatron_mer.training.preflight import Prepared
+from megatron_mer.training.rank_0 import from_rank_0, raise_everywhere
 from megatron_mer.training.resume import changes, incomparable, resumed
 from megatron_mer.training.run_buffer import open_buffer
 from megatron_mer.training.run_state import RunState
@@ -62,7 +64,7 @@ def run(
     outputs = RunDirectory(prepared.config.output_dir)
     start_distributed()
     try:
-        _prepare_directory(outputs, rank, fresh)
+        _prepare_directory(prepared.config, outputs, rank, fresh)
         _run(prepared, outputs, rank, world_size, accept)
     finally:
         outputs.unlock()
@@ -75,7 +77,7 @@ def _run(
     world_size: int,
     accept: Collection[str],
 ) -> None:
-    passed_over: list[str] = []
+    passed_over = bring_back(prepared, outputs, rank, world_size, accept)
     info = _agreed_checkpoint(outputs, rank, passed_over)
     prepared, state = _state(prepared, info, accept)
     setup_logging(rank, outputs.log_file if rank == 0 else None)
@@ -110,7 +112,8 @@ def _run(
 def _note(outputs: RunDirectory, status: Status, reason: str) -> None:
     """Say how the run ended; the first rank to fail has the cause, the others its consequences."""
     last = outputs.read_status()
-    if last.get("status") == "failed":
+    # A run that is done may be stopped while its last checkpoint is copied.
+    if last.get("status") in ("failed", "done"):
         return
     try:
         outputs.write_status(status, int(last.get("step", 0)), reason)
@@ -118,10 +121,12 @@ def _note(outputs: RunDirectory, status: Status, reason: str) -> None:
         logger.error("status.json cannot be written (%s): %s, %s", error, status, reason)
 
 
-def _prepare_directory(outputs: RunDirectory, rank: int, fresh: bool) -> None:
+def _prepare_directory(config: RunConfig, outputs: RunDirectory, rank: int, fresh: bool) -> None:
     problem = None
     if rank == 0:
         try:
+            if fresh:
+                refuse_fresh(config)
             aside = outputs.set_aside() if fresh else None
             outputs.make()
             outputs.lock()
@@ -129,15 +134,7 @@ def _prepare_directory(outputs: RunDirectory, rank: int, fresh: bool) -> None:
                 logger.info("--fresh: the earlier run lies in %s", aside)
         except MegatronMerError as error:
             problem = error
-    _raise_everywhere(problem)
-
-
-def _raise_everywhere(problem: MegatronMerError | None) -> None:
-    """Raise rank 0's error on all ranks. Collective."""
-    said: list[Any] = [problem]
-    dist.broadcast_object_list(said, src=0)
-    if said[0] is not None:
-        raise said[0]
+    raise_everywhere(problem)
 
 
 def _agreed_checkpoint(
@@ -150,31 +147,15 @@ def _agreed_checkpoint(
         rank: this rank.
         passed_over: gets a line for each newer one that is not whole.
     """
-    listed = _from_rank_0(rank, lambda: [str(path) for path in candidates(outputs.checkpoints)])
+    listed = from_rank_0(rank, lambda: [str(path) for path in candidates(outputs.checkpoints)])
     size = dist.get_world_size()
     path = first_whole(
         map(Path, listed), lambda one: first_failure(damaged(one, rank, size)), passed_over.append
     )
     if path is None:
         return None
-    info: CheckpointInfo = _from_rank_0(rank, lambda: CheckpointInfo.read(path))
+    info: CheckpointInfo = from_rank_0(rank, lambda: CheckpointInfo.read(path))
     return info
-
-
-def _from_rank_0(rank: int, make: Callable[[], Any]) -> Any:
-    """What rank 0 makes, or its error, on all ranks. Collective."""
-    made: list[Any] = [None]
-    problem: MegatronMerError | None = None
-    if rank == 0:
-        try:
-            made = [make()]
-        except MegatronMerError as error:
-            problem = error
-        except OSError as error:
-            problem = CheckpointError(f"the checkpoints cannot be read: {error}")
-    _raise_everywhere(problem)
-    dist.broadcast_object_list(made, src=0)
-    return made[0]
 
 
 def _state(
@@ -263,7 +244,7 @@ def _trackers(config: RunConfig, outputs: RunDirectory, state: RunState, rank: i
             trackers = Trackers(_open_trackers(config, outputs, state))
         except MegatronMerError as error:
             problem = error
-    _raise_everywhere(problem)
+    raise_everywhere(problem)
     trackers.catch_up(outputs.metrics(), outputs.evaluations())
     return trackers
 
@@ -336,3 +317,6 @@ def _end(prepared: Prepared, outputs: RunDirectory, state: RunState, rank: int) 
         outputs.write_status("done", state.updates)
     logger.info("the run is done: %d batches; --fresh begins anew", state.batches)
     show_results(outputs)
+    copies = copier(prepared.config, outputs)
+    copies.start()
+    copies.finish(None)

@@ -20,6 +20,7 @@ _NAMES = {
     "consumed_fresh_samples": "progress/consumed_fresh_samples",
     "step_seconds": "speed/step_seconds",
     "data_wait_seconds": "speed/data_wait_seconds",
+    "replay_wait_seconds": "speed/replay_wait_seconds",
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
     "memory_gib": "speed/memory_gib",

@@ -1,10 +1,16 @@
 """Ranks as threads: the collectives of a save without processes."""
 
+import logging
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import fsspec
 import pytest
+
+from tests.checkpoint.copying import Flaky
 
 TIMEOUT = 20.0
 
@@ -45,3 +51,28 @@ class Ranks:
 @pytest.fixture
 def ranks() -> type[Ranks]:
     return Ranks
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """All that is logged, also after a test of a program has set the logging up."""
+    monkeypatch.setattr(logging.getLogger("megatron_mer"), "propagate", True)
+    caplog.set_level("INFO", logger="megatron_mer")
+    return caplog
+
+
+@pytest.fixture
+def flaky() -> Iterator[type[Flaky]]:
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    Flaky.refuse = Flaky.tried = 0
+    Flaky.gate = None
+    Flaky.entered.clear()
+    yield Flaky
+    Flaky.store.clear()
+    Flaky.pseudo_dirs[:] = [""]
+    Flaky.gate = None
+
+
+@pytest.fixture(params=["directory", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "there") if request.param == "directory" else f"memory://{uuid.uuid4()}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mer.checkpoint import Fragment, save_checkpoint
+from megatron_mer.checkpoint import Copier, Fragment, open_place, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,6 +88,19 @@ def test_damage_is_named(run):
     code, said, errors = inspect(run)
     assert code == 1
     assert "checkpoint format 99, this program reads 1 and 2" in errors
+
+
+def test_a_directory_of_copies(run, tmp_path):
+    there = tmp_path / "there"
+    copier = Copier(run / "checkpoints", open_place(str(there)), {"id": "a"}, keep_last=2)
+    copier.start()
+    copier.finish(20.0)
+    code, said, errors = inspect(there)
+    assert (code, errors) == (0, "")
+    lines = said.splitlines()
+    assert [line.split()[0] for line in lines[-2:]] == ["step_000000009", "step_000000010"]
+    assert "(latest)" in lines[-1]
+    assert lines[-1].split()[-2:] == ["yes", "checksums"]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])

@@ -57,6 +57,7 @@ def _kill_after(batch):
         if done == batch:
             # What the tests expect on the disk would else depend on the speed of the disk.
             self.wait_for_checkpoint()
+            self._copies.finish(60.0)
             os.kill(os.getpid(), signal.SIGKILL)
 
     Trainer._after = killed

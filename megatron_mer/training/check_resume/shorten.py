@@ -58,7 +58,9 @@ def shorten(config: RunConfig, steps: int, more: int) -> Short:
         replay=_replay(config.replay, stream),
         reptile=_reptile(config.reptile, steps, total),
         evaluate=_evaluate(config, stream, total),
-        checkpoint=replace(config.checkpoint, every_steps=steps, keep_last=1, keep_every=None),
+        checkpoint=replace(
+            config.checkpoint, every_steps=steps, keep_last=1, keep_every=None, copy_to=None
+        ),
         wandb=None,
         tensorboard=None,
     )

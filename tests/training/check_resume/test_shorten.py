@@ -67,6 +67,7 @@ def trained_before(config):
 def trackers(config):
     config["wandb"] = {"project": "p"}
     config["tensorboard"] = {}
+    config["checkpoint"] = {"copy_to": "s3://bucket/run"}
     config["evaluate"] |= {"every_steps": 100, "bounds": {"max_forgetting": 0, "action": "stop"}}
 
 
@@ -99,6 +100,7 @@ def test_it_can_be_made_and_stops_where_it_should(tiny, change, steps, more):
     assert steps in saves
     assert not saves & set(range(steps + 1, short.killed_after + 1))
     assert short.config.wandb is short.config.tensorboard is None
+    assert short.config.checkpoint.copy_to is None
     if short.config.evaluate:
         assert short.config.evaluate.bounds is None
 
