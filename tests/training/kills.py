@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ def train(arguments, folder, kill=None):
         kill: None: there is none. Else {"ranks": who ends, and either "seconds": so long after the
             run's directory is taken, wherever the process is then, or "rank", "call", "count",
             "after": this rank is before, or after, its count-th call of one of `places`}. With
-            "stands": true this rank itself then stands still until it is told to go on.
+            "stands": true this rank itself then stands still until it is told to go on; a "command"
+            is run in a shell first.
     """
     from megatron_mer.training import main
 
@@ -80,6 +82,8 @@ def _end_at(kill, folder):
         return left[0] == 0
 
     def end():
+        if "command" in kill:
+            subprocess.run(kill["command"], shell=True, check=True)
         for other in kill["ranks"]:
             pid = folder / f"{other}.pid"
             if other != kill["rank"] and pid.exists():
