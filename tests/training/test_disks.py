@@ -8,7 +8,9 @@ import pytest
 
 from megatron_mer.checkpoint import damaged, find_latest
 from megatron_mer.checkpoint.layout import step_directories
+from megatron_mer.errors import ConfigError, TrainingError
 from megatron_mer.testing import run_world
+from megatron_mer.training.outputs import RunDirectory
 from tests.training.test_kills import PROGRAM, short
 
 pytestmark = pytest.mark.dist
@@ -62,6 +64,30 @@ def runs(tiny, small_disk):
 
 def status_of(run):
     return json.loads((run / "status.json").read_text())
+
+
+def test_every_file_of_a_run_says_what_is_wrong_with_its_disk(small_disk):
+    outputs = RunDirectory(small_disk.root / "run")
+    outputs.make()
+    outputs.write_status("running", 3)
+    outputs.append_metrics({"batch": 0})
+    subprocess.run(small_disk.fill(), shell=True, check=True)
+    for write in (
+        lambda: outputs.write_status("failed", 3, "x" * 2000),
+        lambda: [outputs.append_metrics({"batch": at, "task": "x" * 99}) for at in range(99)],
+        lambda: outputs.cut_to(0),
+    ):
+        with pytest.raises(TrainingError, match=r"cannot be written \(\[Errno 28\] No space left"):
+            write()
+    assert outputs.read_status()["status"] == "running"
+    small_disk.empty()
+    assert sorted(path.name for path in outputs.root.glob(".status*")) == []
+    # The lines that had room are whole, or cut.
+    outputs.cut_to(5)
+    assert [line["batch"] for line in outputs.metrics()] == [0, 0, 1, 2, 3, 4]
+    subprocess.run(small_disk.protect(outputs.root), shell=True, check=True)
+    with pytest.raises(ConfigError, match=r"cannot be written \(Read-only file system\)"):
+        outputs.lock()
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
