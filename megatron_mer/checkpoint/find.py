@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_mer.checkpoint.files import sha256_of
 from megatron_mer.checkpoint.layout import (
+    CHECKSUM,
     FORMAT_VERSION,
     LATEST,
     MANIFEST,
@@ -56,14 +58,36 @@ class CheckpointInfo:
 
 
 def candidates(directory: str | os.PathLike[str]) -> list[Path]:
-    """What to resume from, best first: the one that `latest` names, then by falling step."""
+    """What to resume from, best first: the one that `latest` names, then by falling step.
+
+    `latest` comes first though a whole one may be newer: a kill came between its name and `latest`,
+    and what it lacks is trained again; or `latest` was written by hand, to go back.
+
+    Raises:
+        CheckpointError: `latest` is no such name, and there is no checkpoint beside it.
+        OSError: the directory cannot be read.
+    """
     root = Path(directory)
     found = step_directories(root)
     pointer = root / LATEST
-    if not pointer.exists():
+    try:
+        name = pointer.read_text(errors="replace").strip()
+    except FileNotFoundError:
         return found
-    named = root / pointer.read_text(errors="replace").strip()
-    return [named, *(path for path in found if path != named)]
+    except OSError as error:
+        problem = f"{pointer} cannot be read ({error.strerror})"
+    else:
+        if parse_step(name) is not None:
+            named = root / name
+            return [named, *(path for path in found if path != named)]
+        # Nor a path: a run goes on from its own checkpoints only.
+        problem = f"{pointer}: expected step_NUMBER, found {name[:80]!r}"
+    if not found:
+        raise CheckpointError(
+            f"{problem}, and there is no checkpoint beside it. Restore one, or begin anew"
+        )
+    logger.warning("%s; the newest whole checkpoint is taken", problem)
+    return found
 
 
 def first_whole(
@@ -132,7 +156,9 @@ def broken(path: Path) -> str | None:
         json.loads((path / RUN_STATE).read_text())
     except FileNotFoundError as error:
         return f"{error.filename}: expected a file, found none"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _Mismatch as error:
+        return str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{path}: expected JSON of a checkpoint, found {error!r}"
     problems = (_size(path / name, size) for name, (size, _) in files.items())
     return next((problem for problem in problems if problem), None)
@@ -168,7 +194,7 @@ def damaged(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
             found = sha256_of(path / name) if checksum else None
             if found != checksum:
                 return f"{path / name}: expected SHA-256 {checksum}, found {found}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{path}: cannot be read: {error!r}"
     return None
 
@@ -184,7 +210,7 @@ def _files(path: Path) -> dict[str, tuple[int, str | None]]:
 
     Raises:
         CheckpointError: another format version.
-        OSError, ValueError, KeyError, TypeError: it is not there, or no manifest.
+        OSError, ValueError, KeyError, TypeError, AttributeError: it is not there, or no manifest.
     """
     return manifest_files((path / MANIFEST).read_bytes(), path)
 
@@ -209,10 +235,32 @@ def manifest_files(text: bytes, where: object) -> dict[str, tuple[int, str | Non
         )
     if version == 1:
         return {name: (int(size), None) for name, size in manifest["files"].items()}
+    _check_manifest(str(where), manifest)
     return {
         name: (int(facts["bytes"]), str(facts["sha256"]))
         for name, facts in manifest["files"].items()
     }
+
+
+class _Mismatch(ValueError):
+    """The manifest is not as it was written; says what was expected and what is there."""
+
+
+def _check_manifest(where: str, manifest: dict[str, Any]) -> None:
+    file, step = f"{where}/{MANIFEST}", parse_step(where.rpartition("/")[2])
+    # Manifests had no checksum of their own at first.
+    expected = manifest.get(CHECKSUM)
+    found = manifest_checksum(manifest)
+    if expected not in (None, found):
+        raise _Mismatch(f"{file}: expected SHA-256 {expected} of its values, found {found}")
+    if step not in (None, manifest["step"]):
+        raise _Mismatch(f"{file}: expected step {step} by its name, found {manifest['step']}")
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """The checksum of a manifest's values, its own aside; hexadecimal."""
+    values = {key: value for key, value in manifest.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _size(path: Path, expected: int) -> str | None:

@@ -4,7 +4,8 @@
 checkpoints/
     latest                      the name of the newest checkpoint, one line
     step_000000300/
-        manifest.json           format, step, world size, size and SHA-256 of every other file
+        manifest.json           format, step, world size, size and SHA-256 of every other file,
+                                SHA-256 of its own values
         run_state.json          whatever the caller wants back: counters, plan history, layout
         rank_00000.json         index: one entry a fragment of rank 0; checksum of the next file
         rank_00000.safetensors  the fragments' numbers, keys "kind/name"
@@ -29,6 +30,8 @@ import torch
 FORMAT_VERSION = 2
 LATEST = "latest"
 MANIFEST = "manifest.json"
+CHECKSUM = "sha256"
+"""The manifest's checksum of its own values."""
 RUN_STATE = "run_state.json"
 TEMPORARY = ".tmp"
 REPLACED = ".replaced"
@@ -39,7 +42,11 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "anchor", "velocity", "last_delta")
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 HALF_WIDTH_KINDS = ("last_delta",)
 
-_STEP_DIRECTORY = re.compile(r"step_(\d+)(" + re.escape(REPLACED) + r")?")
+_STEP_DIRECTORY = re.compile(rf"step_([0-9]{{1,18}})({re.escape(REPLACED)})?")
+_LEFT_OVER = re.compile(
+    rf"step_([0-9]{{1,18}}({re.escape(REPLACED)})?(\.removed)?|probe){re.escape(TEMPORARY)}"
+)
+_OWN_FILE = re.compile(r"manifest\.json|run_state\.json|rank_[0-9]+\.(json|safetensors)")
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,20 @@ def parse_step(name: str) -> int | None:
     """The step of a directory name, None if the name is not a checkpoint's."""
     match = _STEP_DIRECTORY.fullmatch(name)
     return int(match.group(1)) if match else None
+
+
+def is_left_over(name: str) -> bool:
+    """Whether a name is one of those that a killed write leaves behind."""
+    return _LEFT_OVER.fullmatch(name) is not None
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether something with a checkpoint's name has no file of one: another program's, or a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return not path.is_dir() or not any(_OWN_FILE.fullmatch(one.name) for one in path.iterdir())
 
 
 def step_directories(directory: Path) -> list[Path]:

@@ -21,8 +21,9 @@ from megatron_mer.checkpoint.files import (
     write_bytes,
     write_json,
 )
-from megatron_mer.checkpoint.find import broken, is_permanent
+from megatron_mer.checkpoint.find import broken, is_permanent, manifest_checksum
 from megatron_mer.checkpoint.layout import (
+    CHECKSUM,
     FORMAT_VERSION,
     LATEST,
     MANIFEST,
@@ -30,10 +31,13 @@ from megatron_mer.checkpoint.layout import (
     RUN_STATE,
     TEMPORARY,
     Fragment,
+    is_foreign,
+    is_left_over,
     parse_step,
     rank_name,
     step_directories,
 )
+from megatron_mer.errors import CheckpointError
 from megatron_mer.log import get_logger
 
 logger = get_logger(__name__)
@@ -53,10 +57,13 @@ def prepare(root: Path) -> None:
         OSError: it cannot be written.
     """
     root.mkdir(parents=True, exist_ok=True)
-    for path in root.glob(f"step_*{TEMPORARY}"):
-        logger.info("removing %s, left by a run that ended while writing it", path)
-        remove_directory(path)
+    for path in list(root.iterdir()):
+        if is_left_over(path.name):
+            logger.info("removing %s, left by a run that ended while writing it", path)
+            remove_directory(path)
     for path in root.glob(f"step_*{REPLACED}"):
+        if parse_step(path.name) is None:
+            continue
         name = path.with_name(path.name.removesuffix(REPLACED))
         if not name.exists():
             os.rename(path, name)
@@ -101,6 +108,8 @@ def write_rank(
         "tensors": asdict(facts),
         "fragments": [fragment.index_entry() for fragment in fragments],
     }
+    if stop.is_set():
+        raise WriteStopped
     write_json(temporary / f"{rank_name(rank)}.json", index)
     sync_directory(temporary)
 
@@ -151,7 +160,7 @@ def write_manifest(
         "permanent": permanent,
         "files": files,
     }
-    write_json(temporary / MANIFEST, manifest)
+    write_json(temporary / MANIFEST, {**manifest, CHECKSUM: manifest_checksum(manifest)})
     sync_directory(temporary)
 
 
@@ -171,6 +180,8 @@ def give_name(root: Path, temporary: Path, final: Path) -> None:
 
 def _step_aside(final: Path) -> None:
     """Keep an older checkpoint of the same step findable until the new one has its name."""
+    if is_foreign(final):
+        raise FileExistsError(f"{final} is there and is no checkpoint; move it to another place")
     if broken(final):
         remove_directory(final)
         return
@@ -195,15 +206,17 @@ def prune(
     kept = 0
     for path in step_directories(root):
         number = parse_step(path.name)
-        ours = number is not None and number <= step and not path.name.endswith(REPLACED)
-        if ours and not broken(path):
-            kept += 1
-            multiple = keep_every is not None and number is not None and number % keep_every == 0
-            if kept <= keep_last or multiple or path.name == in_use or is_permanent(path):
-                continue
-        if number is not None and number > step:
-            logger.warning("removing %s: the run went back to before step %d", path, number)
         try:
+            if number is None or is_foreign(path):
+                continue
+            if number <= step and not path.name.endswith(REPLACED) and not broken(path):
+                kept += 1
+                multiple = keep_every is not None and number % keep_every == 0
+                stays = kept <= keep_last or multiple or path.name == in_use
+                if stays or is_permanent(path):
+                    continue
+            if number > step:
+                logger.warning("removing %s: the run went back to before step %d", path, number)
             remove_directory(path)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             logger.warning("could not remove the old checkpoint %s: %s", path, error)

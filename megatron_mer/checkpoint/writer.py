@@ -204,6 +204,8 @@ class CheckpointWriter:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        if self._write is not None:
+            self._remove(self._write.temporary)
 
     def _wait_for_the_last(self) -> None:
         """One copy in memory at most: the next one waits."""
@@ -273,6 +275,12 @@ class CheckpointWriter:
         if self._failure is not None and not isinstance(self._failure, Exception):
             raise self._failure
 
+    def _remove(self, temporary: Path) -> None:
+        """Give a full disk its space back, so that there is room to say what happened."""
+        if self._rank == 0 and temporary.exists():
+            with contextlib.suppress(OSError):
+                remove_directory(temporary)
+
     def _agree_on_write(self) -> None:
         write = self._write
         if write is not None:
@@ -285,10 +293,8 @@ class CheckpointWriter:
         if reason is None:
             return
         self._write = None
-        # No rank writes any more: give a full disk its space back.
-        if self._rank == 0 and temporary is not None and temporary.exists():
-            with contextlib.suppress(OSError):
-                remove_directory(temporary)
+        if temporary is not None:  # No rank writes any more.
+            self._remove(temporary)
         raise CheckpointError(
             f"{what} ({reason}); older checkpoints are whole. "
             "Check the space and the rights there, then start again: the run resumes."

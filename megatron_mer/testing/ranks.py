@@ -103,6 +103,7 @@ def run_world(
     timeout: float = 120.0,
     environ: Mapping[str, str] | None = None,
     expect_failure: bool = False,
+    grace: float = 3.0,
 ) -> list[Any]:
     """Call ``function(**arguments)`` of the file ``source`` on ``world_size`` ranks.
 
@@ -117,6 +118,7 @@ def run_world(
         environ: variables added to every rank's.
         expect_failure: return (exit code, output) of each rank instead of raising when ranks fail
             (a rank that is left waiting for a failed one is killed and counts as -9).
+        grace: seconds that the others have to end once one has failed.
 
     Returns:
         Each rank's result, by rank; or (exit code, output) with ``expect_failure``.
@@ -129,22 +131,17 @@ def run_world(
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="world_") as name:
         folder = Path(name)
-        processes = [
-            context.Process(
-                target=_rank_main,
-                args=(
-                    str(source),
-                    function,
-                    dict(arguments or {}),
-                    {**_rank_environment(rank, world_size, port), **(environ or {})},
-                    name,
-                ),
-            )
+        call = (str(source), function, dict(arguments or {}))
+        environs = [
+            {**_rank_environment(rank, world_size, port), **(environ or {})}
             for rank in range(world_size)
+        ]
+        processes = [
+            context.Process(target=_rank_main, args=(*call, environ, name)) for environ in environs
         ]
         for process in processes:
             process.start()
-        codes = _wait(processes, folder, timeout, expect_failure)
+        codes = _wait(processes, folder, timeout, grace)
         if expect_failure:
             logs = [folder / f"rank_{rank}.log" for rank in range(world_size)]
             return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
@@ -157,14 +154,12 @@ def run_world(
         ]
 
 
-def _wait(
-    processes: Sequence[Any], folder: Path, timeout: float, expect_failure: bool
-) -> list[int]:
+def _wait(processes: Sequence[Any], folder: Path, timeout: float, grace: float) -> list[int]:
     """Wait for all; a failed rank ends the others after a moment, as a launcher would."""
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in processes):
         if any(process.exitcode not in (None, 0) for process in processes):
-            deadline = min(deadline, time.monotonic() + 3.0)
+            deadline = min(deadline, time.monotonic() + grace)
         if time.monotonic() > deadline:
             alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
             hung = all(process.exitcode in (None, 0) for process in processes)

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_mer.errors import ConfigError
+from megatron_mer.errors import ConfigError, TrainingError
 from megatron_mer.log import get_logger
 from megatron_mer.training.lock import NAME as LOCK
 from megatron_mer.training.lock import RunLock
@@ -60,10 +60,13 @@ class RunDirectory:
             self.root.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"output_dir: given {self.root}, which cannot be written ({error.strerror}); "
-                "choose another with --output_dir PATH"
-            ) from error
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"output_dir: given {self.root}, which cannot be written ({error.strerror}); "
+            "make space or restore the rights there, or choose another with --output_dir PATH"
+        )
 
     def set_aside(self) -> Path | None:
         """Rename an earlier run's directory, so that a fresh one begins and nothing is lost.
@@ -103,10 +106,13 @@ class RunDirectory:
         """Keep the directory for this process until it ends.
 
         Raises:
-            ConfigError: another live run has it.
+            ConfigError: another live run has it, or it cannot be written.
         """
         lock = RunLock(self.root)
-        lock.take()
+        try:
+            lock.take()
+        except OSError as error:
+            raise self._refused(error) from error
         self._lock = lock
 
     def unlock(self) -> None:
@@ -129,8 +135,14 @@ class RunDirectory:
         target = self.root / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{platform.node()}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
+        with _writing(target):
+            try:
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(target)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
 
     def write_json(self, name: str, content: Any) -> None:
         """Replace a JSON file whole."""
@@ -192,7 +204,7 @@ class RunDirectory:
         """Force metrics and evaluations to disk; a checkpoint must not outlive their lines."""
         for path in (self._metrics, self._evaluations):
             if path.exists():
-                with path.open("a", encoding="utf-8") as file:
+                with _writing(path), path.open("a", encoding="utf-8") as file:
                     os.fsync(file.fileno())
 
     def metrics(self) -> Iterator[dict[str, Any]]:
@@ -235,8 +247,24 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Makes a full or read-only disk an error that says what to do.
+
+    Raises:
+        TrainingError: the file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be written ({error}). Make space or restore the rights there, then "
+            "start again: the run resumes from its newest checkpoint"
+        ) from error
+
+
 def _append(path: Path, line: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with _writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(dict(line), ensure_ascii=False) + "\n")
 
 
@@ -253,11 +281,12 @@ def _cut(path: Path, keep: Any) -> None:
             lost.append(text)
     if not lost and (not content or content.endswith("\n")):
         return
-    with path.with_name(f"{path.stem}.lost.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(text + "\n" for text in lost)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
-    temporary.replace(path)
+    with _writing(path):
+        with path.with_name(f"{path.stem}.lost.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(text + "\n" for text in lost)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
+        temporary.replace(path)
     logger.info("%s: moved %d lines past the checkpoint aside", path.name, len(lost))
 
 

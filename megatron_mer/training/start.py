@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -87,13 +89,12 @@ def _run(
     if state.batches >= prepared.plan.total_batches:
         _end(prepared, outputs, state, rank)
         return
-    if rank == 0:
-        outputs.write_status("running", state.updates)
-    dist.barrier()
+    owner = from_rank_0(rank, lambda: _begin(outputs, state))
     try:
         _train(prepared, outputs, info, state, rank, world_size, accept)
     except KeyboardInterrupt:
-        _note(outputs, "stopped", "interrupted; start again to resume from the last checkpoint")
+        reason = "interrupted; start again to resume from the last checkpoint"
+        _note(outputs, owner, "stopped", reason)
         raise
     except RunStopped as error:
         # Every rank stops here, after the last write.
@@ -102,22 +103,33 @@ def _run(
             outputs.write_status("stopped", state.updates, str(error))
         raise
     except MegatronMerError as error:
-        _note(outputs, "failed", f"rank {rank}: {error}")
+        _note(outputs, owner, "failed", f"rank {rank}: {error}")
         raise
     except Exception as error:
-        _note(outputs, "failed", f"rank {rank}: {type(error).__name__}: {error}")
+        _note(outputs, owner, "failed", f"rank {rank}: {type(error).__name__}: {error}")
         raise
 
 
-def _note(outputs: RunDirectory, status: Status, reason: str) -> None:
-    """Say how the run ended; the first rank to fail has the cause, the others its consequences."""
+def _begin(outputs: RunDirectory, state: RunState) -> list[Any]:
+    """Say that the run is alive; host and process that say so, of rank 0."""
+    outputs.write_status("running", state.updates)
+    return [platform.node(), os.getpid()]
+
+
+def _note(outputs: RunDirectory, owner: list[Any], status: Status, reason: str) -> None:
+    """Say how the run ended; the first rank to fail has the cause, the others its consequences.
+
+    A rank that outlives rank 0 for long finds another start's status, and leaves it alone.
+    """
     last = outputs.read_status()
     # A run that is done may be stopped while its last checkpoint is copied.
     if last.get("status") in ("failed", "done"):
         return
+    if last and [last.get("host"), last.get("pid")] != owner:
+        return
     try:
         outputs.write_status(status, int(last.get("step", 0)), reason)
-    except OSError as error:
+    except MegatronMerError as error:
         logger.error("status.json cannot be written (%s): %s, %s", error, status, reason)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_mer.checkpoint.find import manifest_checksum
 from megatron_mer.config import load_config
 from megatron_mer.training.check_resume.check import SelfTest, check_resume
 from megatron_mer.training.check_resume.verdict import Runs, judge
@@ -131,6 +132,8 @@ def put_checksum(path, name, size, checksum):
     content = json.loads(path.read_text())
     facts = content["files"][name] if "files" in content else content["tensors"]
     facts.update(bytes=size, sha256=checksum)
+    if "files" in content:
+        content["sha256"] = manifest_checksum(content)
     return json.dumps(content)
 
 
