@@ -1,8 +1,8 @@
-"""What replay costs a training step, from a buffer and from the stream; what the buffer's disk does.
+"""What replay from a buffer and from the stream costs a training step; what the buffer's disk does.
 
     python benchmarks/replay.py [--part step|disk|memory|all] [--steps 200] [--workdir DIR]
 
-step: the quick start's model, one process. Batches of three runs take turns, so that whatever else
+step: the quick start's model in fp32, one process. Batches of three runs take turns, so that whatever else
 the machine does meets all three: replay (alpha 0.25) from a buffer, from the stream, and none. A
 step is what the training loop does of it: waiting for rows, the update, and what the buffer does
 after it. The first rounds do not count. Needs what `make quickstart` prepares in build/.
@@ -86,7 +86,8 @@ def _steps(folder: Path, stack: ExitStack) -> Iterator[tuple[str, Callable[[int]
     rank_environment(os.environ).export(os.environ)
     engine = None
     for name, options in VARIANTS.items():
-        output = ["--output_dir", str(folder / name), "--parallel.pp_size", "1"]
+        # fp32: not every CPU computes bf16 at a speed that says anything.
+        output = ["--output_dir", str(folder / name), "--parallel.pp_size=1", "--precision=fp32"]
         config = load_config(CONFIG, [*output, *options])
         prepared = prepare(config, world_size=1)
         if engine is None:

@@ -89,6 +89,28 @@ def segment_records(capacity: int) -> int:
     return min(max(capacity // _SEGMENTS, 1), _MOST_RECORDS)
 
 
+def set_aside(config: RunConfig) -> Path | None:
+    """Rename the folder of the run that a fresh one takes the place of: it may still be wanted.
+
+    Returns:
+        Where it lies now; None: it lies inside of the run's directory, or there is none.
+
+    Raises:
+        ConfigError: it cannot be renamed.
+    """
+    folder = folder_of(config)
+    there = About.read(folder) if config.replay and config.replay.dir else None
+    if there is None or there.output_dir != os.path.abspath(config.output_dir):
+        return None
+    aside = folder.with_name(f"{folder.name}.before_{there.id[:8]}")
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        given = f"given {folder}, which --fresh cannot rename to {aside.name} ({error.strerror})"
+        raise ConfigError([Problem(KEY, given, remedy=_OTHER)]) from error
+    return aside
+
+
 class BufferFolder:
     """The folder on rank 0: its lock, what it is, and which segments kept checkpoints need.
 

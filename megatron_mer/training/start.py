@@ -28,6 +28,7 @@ from megatron_mer.log import get_logger, setup_logging
 from megatron_mer.optim.schedule import end_of_schedule, horizon, lr_at
 from megatron_mer.parallel import Layout
 from megatron_mer.training.bring_back import bring_back
+from megatron_mer.training.buffer_folder import set_aside
 from megatron_mer.training.copies import copier, refuse_fresh
 from megatron_mer.training.loop import Trainer
 from megatron_mer.training.outputs import RunDirectory, Status
@@ -144,6 +145,8 @@ def _prepare_directory(config: RunConfig, outputs: RunDirectory, rank: int, fres
             outputs.lock()
             if aside:
                 logger.info("--fresh: the earlier run lies in %s", aside)
+            if fresh and (aside := set_aside(config)):
+                logger.info("--fresh: its replay buffer lies in %s", aside)
         except MegatronMerError as error:
             problem = error
     raise_everywhere(problem)

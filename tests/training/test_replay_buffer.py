@@ -174,6 +174,10 @@ def test_a_folder_of_another_run_is_refused(tiny):
     assert f"which has the buffer of run 'tiny' of {tiny.folder / 'first'}" in said
     tiny.train(tiny.write("first"), *BUFFER, place)
     assert (tiny.folder / "first/status.json").read_text().count('"done"') == 1
+    held = sorted(path.name for path in (tiny.folder / "shared").glob("*.rec"))
+    tiny.train(tiny.write("first"), *BUFFER, place, "--fresh")
+    (aside,) = tiny.folder.glob("shared.before_*")
+    assert sorted(path.name for path in aside.glob("*.rec")) == held
 
 
 def test_a_damaged_record_ends_the_run_with_its_place(tiny):

@@ -156,9 +156,16 @@ def _segment(part: ScheduleSegmentConfig, steps: int) -> ScheduleSegmentConfig:
 
 
 def _replay(replay: ReplayConfig | None, stream: Sequence[TaskConfig]) -> ReplayConfig | None:
-    if replay is None or replay.weights is None:
-        return replay
+    if replay is None:
+        return None
     tasks = {entry.task for entry in stream}
+    capacity = replay.capacity_samples
+    if isinstance(capacity, Mapping):
+        capacity = {task: rows for task, rows in capacity.items() if task in tasks}
+    # The folder of the run's own buffer is not for a test.
+    replay = replace(replay, dir=None, capacity_samples=capacity)
+    if replay.weights is None:
+        return replay
     weights = {task: weight for task, weight in replay.weights.items() if task in tasks}
     if not any(weights.values()):
         return replace(replay, policy="equal", weights=None)

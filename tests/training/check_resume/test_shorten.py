@@ -71,6 +71,11 @@ def trackers(config):
     config["evaluate"] |= {"every_steps": 100, "bounds": {"max_forgetting": 0, "action": "stop"}}
 
 
+def buffer(config):
+    rows = {entry["task"]: 20 for entry in config["stream"]}
+    config["replay"] |= {"source": "buffer", "capacity_samples": rows, "dir": "/live/buffer"}
+
+
 def bare(config):
     for key in ("replay", "reptile", "evaluate"):
         del config[key]
@@ -80,7 +85,7 @@ def bare(config):
 
 CASES = (
     then, infinite_per_task, wsd, fresh_tokens, many_tasks, no_weight_left, one_task,
-    trained_before, trackers, bare,
+    trained_before, trackers, buffer, bare,
 )  # fmt: skip
 
 
@@ -101,6 +106,7 @@ def test_it_can_be_made_and_stops_where_it_should(tiny, change, steps, more):
     assert not saves & set(range(steps + 1, short.killed_after + 1))
     assert short.config.wandb is short.config.tensorboard is None
     assert short.config.checkpoint.copy_to is None
+    assert short.config.replay is None or short.config.replay.dir is None
     if short.config.evaluate:
         assert short.config.evaluate.bounds is None
 
