@@ -32,6 +32,9 @@ def train(*, fresh: bool) -> int:
     command = ["deepspeed", "--quiet", "--num_accelerators", str(NUM_PROCESSES)]
     command += ["pretrain_llama_mer.py", "--config", str(CONFIG), *(["--fresh"] if fresh else [])]
     settings = _environment()
+    if settings.get("DS_ACCELERATOR") == "cpu" and not _has_fast_bf16():
+        print("   fp32 instead of bf16, which this CPU (no AVX-512) computes tens of times slower")
+        command += ["--precision", "fp32"]
     shown = " ".join(f"{key}={value}" for key, value in settings.items())
     print(f"   {shown} {shlex.join(command)}", flush=True)
     # The launcher is found in PATH, and with it the Python that it starts.
@@ -50,12 +53,21 @@ def _environment() -> dict[str, str]:
 
 
 def _count_gpus() -> int:
-    """The GPUs that PyTorch can use; asks it, in a process of its own, only where a driver is."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    question = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    answer = subprocess.run(question, capture_output=True, text=True, check=False)
-    return int(answer.stdout) if answer.returncode == 0 else 0
+    """The GPUs that PyTorch can use; asks it only where a driver is."""
+    answer = _ask_torch("torch.cuda.device_count()") if shutil.which("nvidia-smi") else None
+    return int(answer or 0)
+
+
+def _has_fast_bf16() -> bool:
+    """Whether PyTorch has kernels for bfloat16 on this CPU: those that it has need AVX-512."""
+    return _ask_torch("torch.backends.cpu.get_cpu_capability()") == "AVX512"
+
+
+def _ask_torch(question: str) -> str | None:
+    """The answer, from a process of its own."""
+    command = [sys.executable, "-c", f"import torch; print({question})"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def _call(command: list[str], environment: dict[str, str]) -> int:

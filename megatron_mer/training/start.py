@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -288,6 +289,15 @@ def _open_trackers(config: RunConfig, outputs: RunDirectory, state: RunState) ->
             logger.warning("wandb is left out: %s: %s", type(error).__name__, error)
 
 
+def _warn_of_slow_bf16(config: RunConfig) -> None:
+    emulated = device().type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    if emulated and config.precision == "bf16":
+        logger.warning(
+            "precision bf16 on a CPU without AVX-512 is emulated, tens of times slower than fp32: "
+            "give --precision fp32 unless bf16 is what you test"
+        )
+
+
 def _record_start(
     prepared: Prepared,
     outputs: RunDirectory,
@@ -296,6 +306,7 @@ def _record_start(
     world_size: int,
     accept: Collection[str],
 ) -> None:
+    _warn_of_slow_bf16(prepared.config)
     outputs.cut_to(state.batches)
     outputs.write_text("config.yaml", to_yaml(prepared.config))
     outputs.write_environment(world_size, str(device()))
