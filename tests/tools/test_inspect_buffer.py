@@ -380,6 +380,7 @@ def test_with_nothing_left_to_replay_all_rows_are_fresh(killed, tmp_path):
     assert [bool(one["rows"]) for one in report["tasks"]] == [False, False, True]
 
 
+@pytest.mark.slow
 def test_with_a_capacity_for_each_task(corpus, tmp_path):
     (tmp_path / "whole").mkdir()
     killed = killed_run(corpus, tmp_path / "whole", BY_TASK)
