@@ -5,7 +5,7 @@
 step: the quick start's model in fp32, one process. Batches of three runs take turns, so that
 whatever else the machine does meets all three: replay (alpha 0.25) from a buffer, from the stream,
 and none. A step is what the training loop does of it: waiting for rows, the update, and what the
-buffer does after it. The first rounds do not count. Needs what `make quickstart` prepares in build/.
+buffer does after it. The first rounds do not count. Needs what `make quickstart` prepares.
 
 disk: records of 2,048 tokens of 2 bytes, appended, and drawn at random, beside plain writes and
 reads of as many bytes by the system's calls in Python, in turns, with the files in the page cache.

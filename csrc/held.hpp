@@ -36,7 +36,12 @@ class Held {
     void advance(const HeldWorld& world, i64 batch, Sink&& sink) {
         if (reservoirs_.num_slots() == 0) reservoirs_ = Reservoirs(world.seed, world.buffer);
         for (;; ++batch_) {
-            if (batch_ < world.schedule.total_batches()) begin_span(world, sink);
+            if (batch_ < world.schedule.total_batches()) {
+                begin_span(world, sink);
+            } else {
+                // The last segments may train nothing yet: they begin where the plan ends.
+                begin_segments(world, static_cast<i64>(world.schedule.segments().size()) - 1, sink);
+            }
             if (batch_ >= batch) return;
             enter_batch(world, sink);
         }
@@ -49,12 +54,17 @@ class Held {
         const i64 index = &span - world.schedule.spans().data();
         if (index == span_) return;
         span_ = index;
-        while (segment_ < span.segment) begin_segment(world, ++segment_, sink);
+        begin_segments(world, span.segment, sink);
         const bool own = world.schedule.segment_of(span).replay.include_current_task;
         reservoirs_.begin([&](i64 live) {
             const Span& from = span_of(world, live);
             return own || from.spec.trained_before || from.spec.position != span.spec.position;
         });
+    }
+
+    template <class Sink>
+    void begin_segments(const HeldWorld& world, i64 last, Sink& sink) {
+        while (segment_ < last) begin_segment(world, ++segment_, sink);
     }
 
     // What was dropped goes, then comes what this segment says was trained before it.

@@ -25,6 +25,12 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Bring what was written to a file to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 _CHUNK = 1 << 20  # bytes read at once
 
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 
 from megatron_mer.checkpoint.files import (
+    FileFacts,
     remove_directory,
     replace_text,
     safetensors_chunks,
+    sha256_of,
     sync_directory,
+    sync_file,
     write_bytes,
     write_json,
 )
@@ -160,8 +165,68 @@ def write_manifest(
         "permanent": permanent,
         "files": files,
     }
+    _seal(temporary, manifest)
+
+
+def _seal(temporary: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, which makes the directory a checkpoint."""
     write_json(temporary / MANIFEST, {**manifest, CHECKSUM: manifest_checksum(manifest)})
     sync_directory(temporary)
+
+
+def rewrite_run_state(path: Path, run_state: Mapping[str, Any]) -> None:
+    """Give a checkpoint another run state; its tensors stay the files that they are.
+
+    A kill at any moment leaves it whole with the old state, under its name or with `.replaced`
+    behind it, or with the new one. `prepare` makes good what it leaves.
+
+    Args:
+        path: of a whole checkpoint, which no run writes or reads meanwhile.
+        run_state: JSON types.
+
+    Raises:
+        CheckpointError: its old run state is damaged.
+        OSError: the disk is full, or the like.
+    """
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    old = asdict(FileFacts((path / RUN_STATE).stat().st_size, sha256_of(path / RUN_STATE)))
+    if manifest["files"][RUN_STATE] != old:
+        written = manifest["files"][RUN_STATE]
+        raise CheckpointError(f"{path / RUN_STATE}: expected {written}, found {old}")
+    temporary = path.with_name(path.name + TEMPORARY)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name in manifest["files"]:
+        if name != RUN_STATE:
+            _link(path / name, temporary / name)
+    manifest["files"][RUN_STATE] = asdict(write_json(temporary / RUN_STATE, run_state))
+    _seal(temporary, manifest)
+    give_name(path.parent, temporary, path)
+    remove_directory(path.with_name(path.name + REPLACED))
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy where the file system knows no such."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync_file(target)
+
+
+def clear_replaced(root: Path) -> None:
+    """Remove what a kill left of checkpoints that were written anew, once those are whole.
+
+    Raises:
+        CheckpointError: of one nothing else is whole.
+    """
+    for aside in root.glob(f"step_*{REPLACED}"):
+        path = aside.with_name(aside.name.removesuffix(REPLACED))
+        if parse_step(aside.name) is None or not path.exists():
+            continue
+        if problem := broken(path):
+            raise CheckpointError(f"{problem}, but {aside} is there; remove one of the two")
+        remove_directory(aside)
 
 
 def commit(root: Path, temporary: Path, final: Path) -> None:

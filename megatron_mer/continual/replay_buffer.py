@@ -82,7 +82,7 @@ class ReplayBuffer:
         places = {name: place for place, name in enumerate(datasets)}
         self._names = plan.datasets
         self._places = np.array([places.get(name, -1) for name in plan.datasets])
-        self._keys = np.array([_key(name) for name in plan.datasets], dtype=np.int64)
+        self._keys = np.array([dataset_key(name) for name in plan.datasets], dtype=np.int64)
         self._log = plan.buffer_log(store.segment_records)
         self._log.advance(batch)
         self._log.settle(batch)
@@ -291,7 +291,8 @@ class ReplayBuffer:
         return np.stack([ordinal, self._keys[dataset], sample], axis=1)
 
 
-def _key(name: str) -> int:
+def dataset_key(name: str) -> int:
+    """What stands for a dataset in the identity of its records: 64 bits, signed."""
     digest = hashlib.sha256(name.encode()).digest()[:8]
     return int.from_bytes(digest, "little", signed=True)
 

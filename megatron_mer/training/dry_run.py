@@ -7,9 +7,10 @@ import platform
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_mer.config import RunConfig
 from megatron_mer.continual.stream_report import Spans, batch_rows, summarise
@@ -110,6 +111,15 @@ def sample_texts(
     """
     start, count = sample * seq_length, seq_length + 1
     tokens = dataset.tokens(start, start + (count if most is None else min(most, count)))
+    return document_texts(tokens, tokenizer)
+
+
+def document_texts(tokens: NDArray[np.integer[Any]], tokenizer: Tokenizer) -> list[str]:
+    """The text of tokens, in the parts of documents that they are made of.
+
+    Raises:
+        DataError: some are not the tokenizer's.
+    """
     texts, first = [], 0
     for end in [*np.flatnonzero(tokens == tokenizer.eod_id).tolist(), len(tokens)]:
         texts.append(tokenizer.decode(tokens[first:end]))

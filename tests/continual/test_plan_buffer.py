@@ -265,3 +265,20 @@ def test_one_buffer_for_the_whole_run() -> None:
     other = replace(spec, replay=replace(spec.replay, capacity=60))
     with pytest.raises(ConfigError, match=r"replay.capacity_samples: 60 after 50"):
         Plan.continued(history, other, 20)
+
+
+def test_a_task_can_be_dropped_at_the_end_of_the_plan() -> None:
+    spec = a_spec(steps=(5, 5))
+    plan = Plan(spec)
+    end = plan.total_batches
+    log = plan.buffer_log(8)
+    log.advance(end)
+    dropped = Plan.without(stored(plan), {"t0"}, end)
+    longer = replace(spec, stream=(*spec.stream, replace(spec.stream[1], task="t2")))
+    grown = Plan.extended(stored(dropped), longer)
+    for after in (dropped, Plan.from_history(stored(dropped)), grown):
+        logs = after.buffer_log(8)
+        logs.advance(end)
+        assert set(logs.content()[3].tolist()) == {1}
+        assert logs.tail == log.tail  # Nothing is moved before the next row enters.
+    assert 0 in log.content()[3]
