@@ -27,6 +27,7 @@ ABOUT = "buffer.json"
 KEY = "replay.dir"
 FORMAT_VERSION = 1
 
+_BEING_BUILT = 2**62
 _OTHER = "give this run a folder of its own with --replay.dir PATH"
 _MOST_RECORDS = 4096  # of a segment
 _SEGMENTS = 64  # of a buffer, about, while it is small
@@ -49,6 +50,9 @@ class About:
     with_ends: bool
     tokenizer: str
     """Fingerprint."""
+    built_tail: int = 0
+    """Its log's tail when it was built from the datasets: what only earlier states need is not
+    there. While that is going on, a tail that no log has."""
 
     @classmethod
     def read(cls, folder: Path) -> About | None:
@@ -150,6 +154,10 @@ class BufferFolder:
             given = f"given {self.path}, which cannot be written ({error.strerror})"
             raise ConfigError([Problem(KEY, given, remedy=_OTHER)]) from error
 
+    def built(self, about: About, tail: int) -> None:
+        """What the state with this tail needs is there now."""
+        self._write(about.id, about.segment_records, tail)
+
     def close(self) -> None:
         """Let go of the folder."""
         self._lock.release()
@@ -177,29 +185,27 @@ class BufferFolder:
             raise self._foreign(there)
         for path in self.path.glob("*.rec"):
             path.unlink()
-        return self._write(uuid.uuid4().hex, segment_records(capacity)), True
+        return self._write(uuid.uuid4().hex, segment_records(capacity), _BEING_BUILT), True
 
     def _go_on(self, there: About | None, saved: Mapping[str, Any]) -> tuple[About, bool]:
         if there is not None and there.id != saved["id"]:
             raise self._foreign(there)
-        about = self._write(saved["id"], int(saved["segment_records"]))
-        missing = [
-            number
-            for number in batches_of(saved["segments"])
-            if not (self.path / f"segment_{number:09d}.rec").exists()
-        ]
-        if there is None or missing:
-            what = f"segment {missing[0]} and others" if there and missing else "the buffer"
-            logger.warning(
-                "%s of the checkpoint is not in %s (it was written to %s): it is built again from "
-                "the datasets",
-                what,
-                self.path,
-                saved["dir"],
-            )
-        return about, there is None or bool(missing)
+        records, missing = int(saved["segment_records"]), None
+        for number in batches_of(saved["segments"]):
+            if missing is None and not (self.path / f"segment_{number:09d}.rec").exists():
+                missing = number
+        if there is not None and missing is None and there.built_tail <= int(saved["tail"]):
+            return self._write(there.id, records, there.built_tail), False
+        what = "the buffer" if there is None else "what the checkpoint needs of the buffer"
+        logger.warning(
+            "%s is not in %s (it was written to %s): it is built again from the datasets",
+            what,
+            self.path,
+            saved["dir"],
+        )
+        return self._write(saved["id"], records, _BEING_BUILT), True
 
-    def _write(self, id: str, records: int) -> About:
+    def _write(self, id: str, records: int, built_tail: int) -> About:
         about = About(
             format=FORMAT_VERSION,
             id=id,
@@ -210,6 +216,7 @@ class BufferFolder:
             vocab_size=self._config.model.vocab_size or 0,
             with_ends=self._config.batch.eod_mask_loss,
             tokenizer=self._tokenizer,
+            built_tail=built_tail,
         )
         replace_text(self.path / ABOUT, json.dumps(asdict(about), indent=1) + "\n")
         return about

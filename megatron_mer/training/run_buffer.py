@@ -88,6 +88,12 @@ class RunBuffer:
         except OSError as error:
             logger.warning("old segments of the replay buffer cannot be removed: %s", error)
 
+    def ready(self, built: bool) -> None:
+        """The start found or built all that it needs: note that, and remove the rest. On rank 0."""
+        if built and self._folder and self.rows:
+            self._folder.built(self._about, self.rows.tail)
+        self.prune()
+
     def close(self) -> None:
         """Write nothing any more."""
         if self.rows:
@@ -167,4 +173,4 @@ def _make_ready(buffer: RunBuffer, saved: Mapping[str, Any] | None, build: bool,
     if reason is not None:
         raise CheckpointError(f"the replay buffer cannot be opened: {reason}")
     if rank == 0:
-        buffer.prune()
+        buffer.ready(build)
