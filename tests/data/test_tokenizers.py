@@ -126,7 +126,7 @@ def test_ids_and_texts_that_cannot_be(tokenizer_path: Path) -> None:
 
 def test_reading_data_imports_no_torch_and_no_tokenizer_library() -> None:
     program = (
-        "import sys, megatron_mer.data, megatron_mer.data.corpus_builder;"
+        "import sys, megatron_mer.data, megatron_mer.data.corpus.job;"
         "assert not {'torch', 'sentencepiece', 'tokenizers', 'tiktoken'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True)
