@@ -140,7 +140,7 @@ class _Scanner:
     def __iter__(self) -> Iterator[str]:
         """Yield each key; the caller takes or skips its value before it asks for the next."""
         if self._token() != b"{":
-            raise FaultError(NOT_JSON, "expected an object")
+            raise FaultError(NOT_JSON, "not JSON: expected an object")
         token = self._token()
         while token != b"}":
             if token != b'"':

@@ -43,9 +43,11 @@ class GigatokenEncoder:
         from gigatoken import Tokenizer as Gigatoken
 
         if isinstance(tokenizer, SentencePieceTokenizer):
-            model = Gigatoken.from_sentencepiece(tokenizer.path.read_bytes())
+            converted = Gigatoken.from_sentencepiece(tokenizer.path.read_bytes())._hf_json
+            model = Gigatoken.from_json(_without_specials(converted))
         elif isinstance(tokenizer, HuggingFaceTokenizer):
-            model = Gigatoken.from_json(_without_specials(tokenizer))
+            content = tokenizer.path.read_text(encoding="utf-8")
+            model = Gigatoken.from_json(_without_specials(content))
         elif isinstance(tokenizer, TiktokenTokenizer):
             scheme = SCHEMES.get(tokenizer.scheme.pattern)
             if scheme is None:
@@ -123,9 +125,9 @@ def _make(tokenizer: Tokenizer) -> tuple[Encoder | None, str]:
         return None, str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _without_specials(tokenizer: HuggingFaceTokenizer) -> str:
-    """Return the tokenizer.json without its special tokens: gigatoken would find them in text."""
-    content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
+def _without_specials(text: str | bytes) -> str:
+    """Return a tokenizer.json without its special tokens: gigatoken would find them in text."""
+    content = json.loads(text)
     added = content.get("added_tokens") or []
     content["added_tokens"] = [token for token in added if not token.get("special")]
     return json.dumps(content)
