@@ -67,7 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--byte-fallback",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="256 ids that spell what the vocabulary lacks (default: yes; byte-bpe always has them)",
+        help="256 ids that spell what the vocabulary lacks (default: yes; always in byte-bpe)",
     )
     add(
         "--character-coverage",

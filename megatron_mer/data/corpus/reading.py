@@ -165,8 +165,7 @@ class UnitReader:
                 size, lines = piece.size, 1
             else:
                 batch, long = parse(piece.data, line, self.settings), None
-                size, lines = len(piece.data), piece.data.count(b"\n")
-                lines += not piece.data.endswith(b"\n")
+                size, lines = len(piece.data), piece.count
             self._mark = Mark(self._mark.offset + size, self._mark.lines + lines)
             yield Reading(batch, self._mark, opened.position, long)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -136,17 +135,17 @@ class ShardWriter:
         self.faults: dict[str, int] = {}
         self.max_token_id = -1
 
-    def add(self, tokens: NDArray[Any], lengths: NDArray[np.int64], sizes: Iterable[int]) -> None:
+    def add(self, tokens: NDArray[Any], lengths: NDArray[np.int64], size: int) -> None:
         """Add whole documents.
 
         Args:
             tokens: of all of them, one after the other; ids that were checked.
             lengths: tokens of each.
-            sizes: UTF-8 bytes of each.
+            size: UTF-8 bytes of all.
         """
         self._write(tokens)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
-        self.counts.add(Counts(len(lengths), sum(sizes), len(tokens)))
+        self.counts.add(Counts(len(lengths), size, len(tokens)))
         if len(self._lengths) >= LENGTHS_BUFFER:
             self._flush_lengths()
 

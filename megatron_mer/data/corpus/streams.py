@@ -43,6 +43,8 @@ class Lines:
     """Number of the first, from 1."""
     data: bytes
     """They end with a newline, but for the last of a file."""
+    count: int
+    """How many they are."""
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,9 @@ def read_lines(
         data = rest + chunk if rest else chunk
         cut = data.rfind(b"\n") + 1
         if cut:
-            yield Lines(line, data[:cut])
-            line += data.count(b"\n", 0, cut)
+            count = data.count(b"\n", 0, cut)
+            yield Lines(line, data[:cut], count)
+            line += count
         rest = data[cut:]
         if len(rest) >= piece_bytes:
             long, rest = _spool(stream, rest, line, piece_bytes, folder)
@@ -227,7 +230,7 @@ def read_lines(
                 yield long
             line += 1
     if rest:
-        yield Lines(line, rest)
+        yield Lines(line, rest, 1)
 
 
 def _spool(

@@ -234,13 +234,13 @@ class _Building:
 
     def _add_short(self, texts: list[str], languages: list[str]) -> None:
         flat = self._encode(texts)
-        sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         tokens, lengths = flat.tokens, flat.lengths
         if self._settings.append_eod:
             tokens, lengths = self._with_ends(tokens, lengths)
-        self.writer.add(tokens.astype(self.writer.dtype, copy=False), lengths, sizes)
-        for name, size, length in zip(languages, sizes, lengths.tolist(), strict=False):
-            self.writer.add_language(name, Counts(1, size, length))
+        size = len("".join(texts).encode())
+        self.writer.add(tokens.astype(self.writer.dtype, copy=False), lengths, size)
+        for name, text, length in zip(languages, texts, lengths.tolist(), strict=False):
+            self.writer.add_language(name, Counts(1, len(text.encode()), length))
 
     def _add_long(self, text: LongText | str, line: int, language: str) -> None:
         """Write a document part by part."""

@@ -15,7 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_mer.data.tokenizers.base import Encoder, FlatIds, Tokenizer, refuse_surrogates
+from megatron_mer.data.tokenizers.base import (
+    Encoder,
+    FlatIds,
+    Tokenizer,
+    flatten,
+)
 from megatron_mer.data.tokenizers.huggingface import HuggingFaceTokenizer
 from megatron_mer.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_mer.data.tokenizers.tiktoken import CL100K, LLAMA3, O200K, R50K, TiktokenTokenizer
@@ -25,6 +30,8 @@ Engine = Literal["auto", "library", "gigatoken"]
 
 SCHEMES = {LLAMA3: "gpt4", CL100K: "gpt4", O200K: "o200k", R50K: "gpt2"}
 """gigatoken's names of the ways to split text."""
+FEW_CHARACTERS = 1 << 21
+"""Text up to which texts are encoded one by one: a batch imports awkward, half a second."""
 LIBRARIES = {"sentencepiece": "sentencepiece", "hf": "tokenizers", "tiktoken": "tiktoken"}
 
 
@@ -56,12 +63,15 @@ class GigatokenEncoder:
         else:
             raise ValueError(f"gigatoken does not know tokenizers of kind {tokenizer.kind}")
         self._backend: Any = model.backend
+        self._characters = 0
 
     def encode_flat(self, texts: Sequence[str], num_threads: int = 1) -> FlatIds:
         """Return the ids of many texts in one array; see `Encoder.encode_flat`."""
         if not texts:
             return FlatIds(np.empty(0, np.int32), np.empty(0, np.int64))
-        refuse_surrogates(texts)
+        self._characters += sum(map(len, texts))
+        if self._characters < FEW_CHARACTERS:
+            return flatten(self._backend.encode(text) for text in texts)
         ids = self._backend.encode_batch(list(texts), parallel=num_threads > 1)
         offsets = np.asarray(ids.layout.offsets.data)
         tokens = np.asarray(ids.layout.content.data)[offsets[0] : offsets[-1]]
