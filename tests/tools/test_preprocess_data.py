@@ -127,3 +127,20 @@ def members(session: int) -> list[int]:
         if int(its_session) == session and state != "Z":
             found.append(int(path.parent.name))
     return found
+
+
+def test_a_small_job_imports_nothing_large(tmp_path: Path, name: str) -> None:
+    """Start-up stays under a second: awkward alone, which gigatoken brings, takes half of one."""
+    (tmp_path / "in.jsonl").write_text('{"text": "the fox"}\n')
+    arguments = ["--input", "in.jsonl", "--output-prefix", "c", "--tokenizer", name]
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(TOOL)!r}, *{arguments!r}]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as done:\n    assert not done.code\n"
+        "large = {'torch', 'deepspeed', 'transformers', 'awkward', 'pyarrow', 'fsspec', 'pandas'}\n"
+        "print(sorted(large & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
