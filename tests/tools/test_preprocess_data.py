@@ -130,7 +130,7 @@ def members(session: int) -> list[int]:
 
 
 def test_a_small_job_imports_nothing_large(tmp_path: Path, name: str) -> None:
-    """Start-up stays under a second: awkward alone, which gigatoken brings, takes half of one."""
+    """Start-up stays short: awkward alone, which gigatoken brings, takes half a second."""
     (tmp_path / "in.jsonl").write_text('{"text": "the fox"}\n')
     arguments = ["--input", "in.jsonl", "--output-prefix", "c", "--tokenizer", name]
     program = (
