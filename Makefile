@@ -3,7 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long format venv venv-test venv-dev venv-gpu venv-benchmark venv-trackers clean distclean
+.PHONY: help quickstart test test-long format clean distclean
+.PHONY: venv venv-test venv-dev venv-gpu venv-benchmark venv-corpora venv-trackers
 .PHONY: benchmark-data-order
 .PHONY: check check-lint check-format check-cpp check-imports check-types
 
@@ -59,9 +60,10 @@ format: venv-dev ## format Python and C++, and apply ruff's safe fixes
 	$(if $(CPP_SOURCES),$(BIN)/clang-format -i $(CPP_SOURCES))
 
 venv: $(VENV)/.base $(VENV)/.extension ## make .venv: what a run needs, and the C++ extension
-venv-test: venv venv-trackers $(VENV)/.test ## ... and what the tests need
+venv-test: venv venv-corpora venv-trackers $(VENV)/.test ## ... and what the tests need
 venv-dev: venv-test $(VENV)/.dev ## ... and what `make check` and `make format` need
 venv-trackers: venv $(VENV)/.trackers ## ... and wandb and tensorboard, for configurations that name them
+venv-corpora: venv $(VENV)/.corpora ## ... and gigatoken, pyarrow and s3fs, to prepare large corpora
 venv-gpu: venv $(VENV)/.gpu ## ... and what helps on NVIDIA GPUs
 venv-benchmark: venv $(VENV)/.benchmark ## ... and what the benchmarks compare with
 
@@ -90,7 +92,7 @@ $(VENV)/.base: requirements/base.txt requirements/constraints.txt $(VENV)/.torch
 	@$(PIP) --requirement $<
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev $(VENV)/.gpu $(VENV)/.benchmark $(VENV)/.trackers: $(VENV)/.%: requirements/%.txt requirements/constraints.txt $(VENV)/.base
+$(VENV)/.test $(VENV)/.dev $(VENV)/.gpu $(VENV)/.benchmark $(VENV)/.corpora $(VENV)/.trackers: $(VENV)/.%: requirements/%.txt requirements/constraints.txt $(VENV)/.base
 	@echo "== Installing $<"
 	@$(PIP) --requirement $<
 	@touch $@

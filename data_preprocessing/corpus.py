@@ -60,7 +60,7 @@ def prepare_corpus(
     """Prepare a corpus: normalise, drop exact duplicates, split, shuffle, write shards and counts.
 
     Args:
-        inputs: JSON-lines files, plain or gzip.
+        inputs: JSON-lines files, plain, gzip or Zstandard.
         output: directory to make; it has its name only when it is whole.
         settings: how.
         overwrite: whether an existing directory made by this function may be replaced.

@@ -30,7 +30,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     defaults = Settings()
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="JSON lines, plain or gzip")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines, plain, gzip or Zstandard",
+    )
     add("--output", required=True, metavar="DIRECTORY", help="directory to make")
     add("--text-key", default=defaults.text_key, metavar="KEY", help="default: text")
     add(

@@ -21,7 +21,7 @@ settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile("fixed")
 
 # Fixtures that several folders of tests share.
-pytest_plugins = ["tests.tiny_run", "tests.small_disk"]
+pytest_plugins = ["tests.tiny_run", "tests.small_disk", "tests.handbook"]
 
 COST_MARKERS = ("slow", "slurm", "gpu")
 _deselected: Counter[str] = Counter()

@@ -21,6 +21,7 @@ LIGHT_MODULES = (
     "megatron_mer",
     "megatron_mer.config",
     "megatron_mer.continual.stream",
+    "megatron_mer.data.corpus.job",
     "megatron_mer.data.indexed_dataset",
     "megatron_mer.data.loader",
     "megatron_mer.data.sidecar",

@@ -87,12 +87,13 @@ def merge(options: argparse.Namespace, found: list[DatasetMerge]) -> str:
     )
     found.append(merge)
     files = [str(shard.dataset.bin_path) for shard in merge.shards]
+    total = sum(shard.bin_size for shard in merge.shards)
     if options.check == "full":
         print(f"checking {len(files)} datasets", file=sys.stderr)
-        merge.verify(progress_printer(files))
+        merge.verify(progress_printer(total))
         end_progress()
     print(f"merging {len(files)} datasets into {options.output_prefix}", file=sys.stderr)
-    sidecar = merge.write(progress_printer(files))
+    sidecar = merge.write(progress_printer(total))
     end_progress()
     return summary(merge, sidecar)
 

@@ -57,7 +57,7 @@ def fingerprint(stage: Stage) -> str:
     Contents, not times: a fresh clone gives every file a new time.
     """
     folders = (ROOT / stage.command[0]).parent, ROOT / "megatron_mer" / "data"
-    code = sorted(path for folder in folders for path in folder.glob("*.py"))
+    code = sorted(path for folder in folders for path in folder.rglob("*.py"))
     digest = hashlib.sha256(json.dumps(stage.command).encode())
     for path in (*code, *(ROOT / path for path in stage.inputs)):
         digest.update(hashlib.sha256(path.read_bytes()).digest())

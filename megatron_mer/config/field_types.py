@@ -13,7 +13,7 @@ LARGEST: Final = 2**63 - 1
 """Largest whole number: steps, tokens and seeds are 64-bit integers in the plan."""
 ALPHA_DECIMALS: Final = 9
 """Decimal places of `replay.alpha`, so that its exact arithmetic fits into 64-bit integers."""
-TOKENIZER_KINDS: Final = ("sentencepiece",)
+TOKENIZER_KINDS: Final = ("sentencepiece", "hf", "tiktoken")
 
 
 @dataclass(frozen=True)

@@ -351,7 +351,9 @@ class RunConfig:
     """bf16: computes in bfloat16 with fp32 master weights and gradient sums; fp32: throughout."""
     model: ModelConfig
     tokenizer: Text
-    """KIND:PATH, the tokenizer that the datasets were written with; KIND: sentencepiece."""
+    """KIND:PATH, the tokenizer that the datasets were written with; KIND: sentencepiece, hf (a
+    tokenizer.json; hf:PATH#TOKEN names the token that ends documents) or tiktoken (a file of ranks
+    such as Llama-3's tokenizer.model; tiktoken:PATH#SCHEME says how text is split)."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     batch: BatchConfig
     optimizer: OptimizerConfig

@@ -32,7 +32,13 @@ class Source:
     text_bytes: int
     """UTF-8 bytes of the texts that were written."""
     sha256: str
-    """Of the file's (decompressed) content."""
+    """Of the file's (decompressed) content; of a Parquet file's footer."""
+    tokens: int = 0
+    """Tokens that were written; 0: not known."""
+    faults: int = 0
+    """Other documents that were left out, which `PREFIX.faults.jsonl` names."""
+    encoder: str = ""
+    """Library that gave the ids, and why that one."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,12 @@ def _parse_source(path: Path, entry: Any) -> Source:
         skipped=reader.get("skipped", int),
         text_bytes=reader.get("text_bytes", int),
         sha256=reader.get("sha256", str),
+        **{key: reader.get(key, kind) for key, kind in LATER_KEYS.items() if key in entry},
     )
+
+
+LATER_KEYS = {"tokens": int, "faults": int, "encoder": str}
+"""Keys of a source that sidecars of before lack."""
 
 
 @dataclass(frozen=True)

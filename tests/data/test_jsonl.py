@@ -41,7 +41,7 @@ def test_blank_lines_count_but_are_no_documents(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b'{"text": "a"', "not JSON"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "byte 0 of 2 is not UTF-8"),
         (b"[" * 100_000, "not JSON"),
         (b'["text"]', "a JSON list; expected an object"),
         (b'{"content": "a"}', "key 'text' is missing; its keys: content"),
@@ -69,5 +69,5 @@ def test_damaged_compression_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere, after line 0: cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"nowhere: cannot be read: No such file"):
         read(tmp_path / "nowhere")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -51,9 +52,13 @@ def test_writes_a_dataset_and_a_table(tmp_path: Path, name: str) -> None:
     assert dataset.num_documents == 2
     assert dataset.document(1)[-1] == 2
     table = done.stdout.splitlines()
-    assert table[1].split() == ["in.jsonl", "2", "1", "12"]
-    assert table[2].split() == ["total", "2", "1", "12"]
-    assert table[3].startswith(f"{dataset.num_tokens} tokens of uint16, ")
+    tokens = str(dataset.num_tokens)
+    ratio = f"{12 / dataset.num_tokens:.2f}"
+    assert table[0].startswith("1 units of work, 1 workers; ids: sentencepiece 0.2.3; no gigatoken")
+    assert table[2].split() == ["in.jsonl", "2", "1", "0", "12", tokens, ratio]
+    assert table[3].split() == ["total", "2", "1", "0", "12", tokens, ratio]
+    assert table[5] == "what was left out is named in out/c.faults.jsonl"
+    assert table[6].startswith(f"out/c: {tokens} tokens of uint16, ")
     done = run(tmp_path, *common, "--output-prefix", "out/d", "--no-append-eod")
     assert done.returncode == 0
     assert IndexedDataset(tmp_path / "out" / "d").num_tokens == dataset.num_tokens - 2
@@ -77,30 +82,38 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path, name: str) -> None:
 def test_a_killed_run_leaves_no_dataset_and_no_processes(
     tmp_path: Path, name: str, how: signal.Signals
 ) -> None:
-    os.mkfifo(tmp_path / "in.jsonl")  # an input that never ends
-    command = [sys.executable, str(TOOL), "--input", "in.jsonl", "--output-prefix", "c"]
+    for pipe in ("a.jsonl", "b.jsonl"):
+        os.mkfifo(tmp_path / pipe)  # inputs that never end
+    command = [sys.executable, str(TOOL), "--input", "a.jsonl", "b.jsonl", "--output-prefix", "c"]
     command += ["--tokenizer", name, "--workers", "2"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    line = json.dumps({"text": "the quick brown fox " * 1000}).encode() + b"\n"
-    signalled = False
-    with suppress(BrokenPipeError), open(tmp_path / "in.jsonl", "wb") as file:
-        while True:  # until nobody reads
-            file.write(line * 50)
-            file.flush()
-            writing = (tmp_path / "c.bin.partial").exists()
-            # Three: the tool, its resource tracker and a worker.
-            if not signalled and writing and len(members(process.pid)) >= 3:
-                process.send_signal(how)
-                signalled = True
+    for pipe in ("a.jsonl", "b.jsonl"):
+        threading.Thread(target=feed, args=(tmp_path / pipe,), daemon=True).start()
+    # Four: the tool, its resource tracker and the workers, which are at work.
+    while len(members(process.pid)) < 4 or len(list(tmp_path.glob("c.parts/*.tokens"))) < 2:
+        time.sleep(0.02)
+    process.send_signal(how)
     assert process.wait(20) == (-how if how == signal.SIGKILL else 128 + how)
     deadline = time.monotonic() + 20
     while members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert members(process.pid) == []
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"in.jsonl"} | ({"c.bin.partial"} if how == signal.SIGKILL else set())
+    left = {path.name for path in tmp_path.iterdir()} - {"a.jsonl", "b.jsonl", "c.parts"}
+    assert left == ({"c.bin.partial"} if how == signal.SIGKILL else set())
+
+
+def feed(pipe: Path) -> None:
+    """Write documents until nobody reads."""
+    line = json.dumps({"text": "the quick brown fox\n" * 100}).encode() + b"\n"
+    with suppress(BrokenPipeError), open(pipe, "wb") as file:
+        while True:
+            file.write(line * 20)
 
 
 def members(session: int) -> list[int]:
@@ -114,3 +127,20 @@ def members(session: int) -> list[int]:
         if int(its_session) == session and state != "Z":
             found.append(int(path.parent.name))
     return found
+
+
+def test_a_small_job_imports_nothing_large(tmp_path: Path, name: str) -> None:
+    """Start-up stays short: awkward alone, which gigatoken brings, takes half a second."""
+    (tmp_path / "in.jsonl").write_text('{"text": "the fox"}\n')
+    arguments = ["--input", "in.jsonl", "--output-prefix", "c", "--tokenizer", name]
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(TOOL)!r}, *{arguments!r}]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as done:\n    assert not done.code\n"
+        "large = {'torch', 'deepspeed', 'transformers', 'awkward', 'pyarrow', 'fsspec', 'pandas'}\n"
+        "print(sorted(large & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr

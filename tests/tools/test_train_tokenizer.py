@@ -48,7 +48,7 @@ def inputs(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")]
 
 
-@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+@pytest.mark.parametrize("model_type", ["unigram", "bpe", "byte-bpe"])
 def test_text_comes_back_and_training_is_deterministic(
     tool: ModuleType, inputs: list[str], tmp_path: Path, model_type: str
 ) -> None:
@@ -57,13 +57,27 @@ def test_text_comes_back_and_training_is_deterministic(
         output = str(tmp_path / f"{stem}.model")
         assert tool.main(["--input", *inputs, "--output", output, *common]) == 0
     assert (tmp_path / "one.model").read_bytes() == (tmp_path / "two.model").read_bytes()
-    tokenizer = load_tokenizer(f"sentencepiece:{tmp_path / 'one.model'}")
+    kind = "hf" if model_type == "byte-bpe" else "sentencepiece"
+    tokenizer = load_tokenizer(f"{kind}:{tmp_path / 'one.model'}")
     assert tokenizer.vocab_size == 350
     for text in TEXTS + UNSEEN:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert ids.size == 0 or ids.min() > 2  # nothing unknown, no control ids out of text
+        # Nothing unknown, no control ids out of text.
+        assert ids.size == 0 or ids.min() > (1 if kind == "hf" else 2)
     assert len(tokenizer.encode("\n")) == 1
+
+
+def test_every_kind_of_input(tool: ModuleType, inputs: list[str], tmp_path: Path) -> None:
+    """The same texts in other files give the same model."""
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(TEXTS):
+        (tmp_path / "texts" / f"{number}.txt").write_bytes(text.encode())
+    common = ["--vocab-size", "400", "--model-type", "byte-bpe"]
+    outputs = [tmp_path / "a.json", tmp_path / "b.json"]
+    for given, output in zip((inputs, [str(tmp_path / "texts")]), outputs, strict=True):
+        assert tool.main(["--input", *given, "--output", str(output), *common]) == 0
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
 def test_long_lines_are_cut_and_not_left_out(tool: ModuleType) -> None:
@@ -86,6 +100,8 @@ def test_a_share_is_chosen_by_content(tool: ModuleType) -> None:
     [
         (["--vocab-size", "100000"], "no unigram model of 100000 ids from 6 documents"),
         (["--vocab-size", "350", "--share", "0"], "--share 0.0; allowed"),
+        (["--vocab-size", "257", "--model-type", "byte-bpe"], "byte-bpe needs at least 258"),
+        (["--vocab-size", "99999", "--model-type", "byte-bpe"], "ids and no more"),
         (["--vocab-size", "350", "--character-coverage", "2"], "--character-coverage 2.0"),
         (["--vocab-size", "350", "--text-key", "body"], "line 1: key 'body' is missing"),
     ],

@@ -1,0 +1,299 @@
+"""A JSON line that is too long for memory: its texts are written to a file, piece by piece.
+
+The line is one JSON object. Its top-level strings under the wanted keys are decoded on the way;
+everything else is skipped, with no more said about it than that strings and brackets close.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from megatron_mer.data.corpus.faults import INVALID_UTF8, NOT_JSON, NOT_TEXT, FaultError
+from megatron_mer.data.corpus.parsing import ReadSettings, missing
+
+CHUNK = 1 << 18
+MAX_KEY = 1 << 16
+SPACE = b" \t\r\n"
+STRING_END = re.compile(rb'["\\]')
+HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
+
+
+class LongText:
+    """A text in files, to be read in pieces.
+
+    Args:
+        files: UTF-8, one after the other.
+        separator: between them.
+        size: bytes of all.
+    """
+
+    def __init__(self, files: list[BinaryIO], separator: str, size: int) -> None:
+        self._files = files
+        self._separator = separator
+        self.size = size
+
+    def chunks(self) -> Iterator[str]:
+        """Yield the text in pieces of at most about `CHUNK` characters, none empty.
+
+        Raises:
+            FaultError: it is not UTF-8.
+        """
+        for number, file in enumerate(self._files):
+            if number and self._separator:
+                yield self._separator
+            yield from decode_pieces(file)
+
+    def close(self) -> None:
+        """Let the files go."""
+        for file in self._files:
+            file.close()
+
+
+def decode_pieces(file: BinaryIO) -> Iterator[str]:
+    """Yield a file's UTF-8 as text, in pieces.
+
+    Raises:
+        FaultError: it is not UTF-8.
+    """
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    while True:
+        data = file.read(CHUNK)
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            # What the decoder still held of the piece before counts too.
+            place = position - (len(error.object) - len(data)) + error.start
+            raise FaultError(INVALID_UTF8, f"byte {place} is not UTF-8: {error.reason}") from error
+        if text:
+            yield text
+        if not data:
+            return
+        position += len(data)
+
+
+def read_long_line(file: BinaryIO, settings: ReadSettings, folder: Path | None) -> LongText:
+    """Return the text of a JSON line in a file.
+
+    Args:
+        file: the line, at its start.
+        settings: which keys.
+        folder: for the files of the texts; None: the system's.
+
+    Raises:
+        FaultError: as for a short line; also where one of the keys comes twice.
+    """
+    scanner = _Scanner(file)
+    found: dict[str, tuple[BinaryIO, int]] = {}
+    keys: list[str] = []
+    try:
+        for key in scanner:
+            keys.append(key)
+            if key not in settings.text_keys:
+                scanner.skip_value()
+                continue
+            if key in found:
+                raise FaultError(NOT_JSON, f"key {key!r} comes twice")
+            target = temporary_file(folder)
+            found[key] = (target, 0)
+            found[key] = (target, scanner.copy_string(key, target))
+        for key in settings.text_keys:
+            if key not in found:
+                raise missing(key, keys)
+    except BaseException:
+        for target, _ in found.values():
+            target.close()
+        raise
+    files = [found[key][0] for key in settings.text_keys]
+    for target in files:
+        target.seek(0)
+    size = sum(found[key][1] for key in settings.text_keys)
+    return LongText(files, settings.separator, size)
+
+
+def temporary_file(folder: Path | None) -> BinaryIO:
+    """Return a new file that is gone when it is closed.
+
+    Args:
+        folder: where; None: the system's for temporary files.
+    """
+    return cast(BinaryIO, tempfile.TemporaryFile(dir=folder))
+
+
+class _Scanner:
+    """Walks over a JSON object, a chunk at a time.
+
+    Args:
+        file: at the object's start.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._data = b""
+        self._at = 0
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield each key; the caller takes or skips its value before it asks for the next."""
+        if self._token() != b"{":
+            raise FaultError(NOT_JSON, "not JSON: expected an object")
+        token = self._token()
+        while token != b"}":
+            if token != b'"':
+                raise FaultError(NOT_JSON, f"not JSON: {token!r} where a key is expected")
+            yield self._key()
+            token = self._token()
+            if token == b",":
+                token = self._token()
+                if token == b"}":
+                    raise FaultError(NOT_JSON, "not JSON: a comma before the end")
+            elif token != b"}":
+                raise FaultError(NOT_JSON, f"not JSON: {token!r} after a value")
+        if self._token() != b"":
+            raise FaultError(NOT_JSON, "not JSON: extra data after the object")
+
+    def copy_string(self, key: str, target: BinaryIO) -> int:
+        """Write the value that comes next, a string, as UTF-8; return its bytes."""
+        if self._token() != b'"':
+            raise FaultError(NOT_TEXT, f"{key!r} is not a string; expected one")
+        size = 0
+        for part in self._string():
+            size += target.write(part)
+        return size
+
+    def skip_value(self) -> None:
+        """Go behind the value that comes next."""
+        token, depth = self._token(), 0
+        if token not in (b'"', b"{", b"["):
+            self._skip_word()
+            return
+        while True:
+            if token == b'"':
+                for _ in self._string(decode=False):
+                    pass
+            elif token in (b"{", b"["):
+                depth += 1
+            elif token in (b"}", b"]"):
+                depth -= 1
+            elif not token:
+                raise _end()
+            if depth == 0:
+                return
+            token = self._token()
+
+    def _key(self) -> str:
+        key = b""
+        for part in self._string():
+            key += part
+            if len(key) > MAX_KEY:
+                raise FaultError(NOT_JSON, f"a key of more than {MAX_KEY} bytes")
+        if self._token() != b":":
+            raise FaultError(NOT_JSON, "not JSON: no colon after a key")
+        return key.decode()
+
+    def _more(self) -> bool:
+        self._data, self._at = self._file.read(CHUNK), 0
+        return bool(self._data)
+
+    def _token(self) -> bytes:
+        """The next byte that is no space; nothing at the end."""
+        while True:
+            while self._at < len(self._data):
+                byte = self._data[self._at : self._at + 1]
+                self._at += 1
+                if byte not in SPACE:
+                    return byte
+            if not self._more():
+                return b""
+
+    def _skip_word(self) -> None:
+        """Go behind a number, true, false or null, whose first byte was read."""
+        while self._at < len(self._data) or self._more():
+            if self._data[self._at : self._at + 1] in b",}]":
+                return
+            self._at += 1
+        raise _end()
+
+    def _string(self, decode: bool = True) -> Iterator[bytes]:
+        """Yield a string in pieces of UTF-8, from behind its first quote to behind its last."""
+        rest = b""
+        while True:
+            data, done = self._until_quote()
+            piece = rest + data
+            # An escape, or half a pair of them, is kept for the next piece.
+            keep = 0 if done else _open_end(piece)
+            ready, rest = piece[: len(piece) - keep], piece[len(piece) - keep :]
+            if decode and ready:
+                yield _unescape(ready)
+            if done:
+                return
+
+    def _until_quote(self) -> tuple[bytes, bool]:
+        """Take from the chunk up to the string's end; say whether that was it."""
+        if self._at >= len(self._data) and not self._more():
+            raise _end()
+        data, start, place = self._data, self._at, self._at
+        while match := STRING_END.search(data, place):
+            if match[0] == b'"':
+                self._at = match.end()
+                return data[start : match.start()], True
+            place = match.end() + 1
+            if place > len(data):
+                # The chunk ends within an escape: the byte after it belongs to it.
+                more = self._file.read(1)
+                self._at = len(data)
+                return data[start:] + more, False
+        self._at = len(data)
+        return data[start:], False
+
+
+def _open_end(piece: bytes) -> int:
+    """Bytes at the end of a piece that belong together with what follows."""
+    keep = _unfinished(piece)
+    before = piece[: len(piece) - keep]
+    if HIGH_SURROGATE.search(before) and not _is_escaped(before, len(before) - 6):
+        keep += 6
+    return keep
+
+
+def _unfinished(piece: bytes) -> int:
+    """Bytes of an escape or a character that a piece ends within."""
+    for length in range(1, min(6, len(piece) + 1)):
+        start = len(piece) - length
+        if piece[start] == ord("\\") and not _is_escaped(piece, start):
+            whole = 6 if piece[start + 1 : start + 2] == b"u" else 2
+            if length < whole:
+                return length
+            break
+    for length in range(1, min(4, len(piece) + 1)):
+        byte = piece[-length]
+        if byte >= 0xC0:
+            whole = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return length if length < whole else 0
+    return 0
+
+
+def _is_escaped(piece: bytes, place: int) -> bool:
+    """Whether an odd number of backslashes stands before a place."""
+    before = piece[:place]
+    return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
+
+
+def _unescape(data: bytes) -> bytes:
+    try:
+        text = json.loads('"' + data.decode("utf-8") + '"')
+        return cast(bytes, text.encode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise FaultError(INVALID_UTF8, f"not UTF-8: {error.reason}") from error
+    except UnicodeEncodeError as error:
+        raise FaultError(INVALID_UTF8, f"the text is not valid Unicode: {error.reason}") from error
+    except ValueError as error:
+        raise FaultError(NOT_JSON, f"not JSON: {error}") from error
+
+
+def _end() -> FaultError:
+    return FaultError(NOT_JSON, "not JSON: the line ends in the middle of the object")

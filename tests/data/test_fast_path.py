@@ -1,0 +1,105 @@
+"""gigatoken in a tokenizer's place: only where its ids are the same."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_mer.data.corpus.inputs import expand_inputs
+from megatron_mer.data.corpus.reading import Unit
+from megatron_mer.data.corpus.shards import Manifest
+from megatron_mer.data.corpus.worker import JobSettings, UnitWorker
+from megatron_mer.data.tokenizers import load_tokenizer
+from megatron_mer.data.tokenizers.base import FlatIds
+from megatron_mer.data.tokenizers.fast import Choice, choose_encoder, same_ids
+from megatron_mer.errors import DataError
+from tests.handbook import Handbook
+
+ODD = ["", "  two  spaces\n\n\nlines\ttab ", "🦊\r\n\x01", "한국어", "a <|end_of_text|> </s> <unk>"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "hf", "tiktoken"])
+def test_the_same_ids_in_all_languages(
+    names: Mapping[str, str], handbook: Handbook, kind: str
+) -> None:
+    tokenizer = load_tokenizer(names[kind])
+    texts = [*ODD, *(text for texts in handbook.values() for text in texts)]
+    choice = choose_encoder(tokenizer, "auto", texts[:50])
+    assert choice.fast is not None, choice.reason
+    assert choice.reason.startswith("gigatoken ")
+    assert same_ids(choice.fast, tokenizer, texts)
+    flat = choice.fast.encode_flat(texts, num_threads=2)
+    np.testing.assert_array_equal(flat.tokens, tokenizer.encode_flat(texts).tokens)
+    assert len(choice.fast.encode_flat([]).tokens) == 0
+
+
+def test_unigram_is_left_to_its_library(names: Mapping[str, str]) -> None:
+    tokenizer = load_tokenizer(names["unigram"])
+    choice = choose_encoder(tokenizer, "auto", ["a"])
+    assert choice.fast is None
+    assert "sentencepiece" in choice.reason
+    assert "no gigatoken: only BPE" in choice.reason
+    with pytest.raises(DataError, match="gigatoken cannot take the place of sentencepiece here"):
+        choose_encoder(tokenizer, "gigatoken", ["a"])
+
+
+def test_the_library_on_request(names: Mapping[str, str]) -> None:
+    choice = choose_encoder(load_tokenizer(names["hf"]), "library", [])
+    assert choice.fast is None
+    assert choice.reason.endswith("as --engine asks for")
+
+
+def test_without_gigatoken(names: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    choice = choose_encoder(load_tokenizer(names["hf"]), "auto", ["a"])
+    assert choice.fast is None
+    assert "not installed" in choice.reason
+    assert "pip install gigatoken" in choice.reason
+
+
+class Wrong:
+    """Gives other ids wherever a text has a fox."""
+
+    def __init__(self, tokenizer: object) -> None:
+        self._tokenizer = tokenizer
+
+    def encode_flat(self, texts: Sequence[str], num_threads: int = 1) -> FlatIds:
+        flat = self._tokenizer.encode_flat(texts)  # type: ignore[attr-defined]
+        return FlatIds(flat.tokens + any("fox" in text for text in texts), flat.lengths)
+
+
+def test_ids_that_differ_are_not_used(
+    names: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_mer.data.tokenizers import fast
+
+    tokenizer = load_tokenizer(names["hf"])
+    monkeypatch.setattr(fast, "GigatokenEncoder", Wrong)
+    choice = choose_encoder(tokenizer, "auto", ["the dog", "the fox"])
+    assert choice.fast is None
+    assert "its ids differ on a sample of 2 documents" in choice.reason
+
+
+def test_ids_that_differ_in_a_shard(names: Mapping[str, str], tmp_path: Path) -> None:
+    """The sample did not show it; the beginning of the shard does."""
+    tokenizer = load_tokenizer(names["hf"])
+    for name, text in (("a", "the dog"), ("b", "the fox")):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{text}"}}\n')
+    (tmp_path / "parts").mkdir()
+    settings, choice = JobSettings(names["hf"]), Choice(Wrong(tokenizer), "fast")
+    working = UnitWorker(settings, tmp_path / "parts", tokenizer, choice)
+    encoders = []
+    for number, file in enumerate(expand_inputs([str(tmp_path / "*.jsonl")])):
+        unit = Unit(number, file)
+        working.run(unit)
+        stem = tmp_path / "parts" / f"{number:05d}-000000"
+        found = Manifest.read(stem, settings.key(tokenizer, True, unit), 2)
+        assert found is not None
+        encoders.append(found.encoder)
+        ids = np.fromfile(stem.with_name(stem.name + ".tokens"), np.uint16)
+        text = ("the dog", "the fox")[number]
+        assert ids.tolist() == [*tokenizer.encode(text).tolist(), tokenizer.eod_id]
+    assert encoders[0] == "fast"
+    assert "gigatoken's ids differ in this shard" in encoders[1]
