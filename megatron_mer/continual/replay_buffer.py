@@ -113,6 +113,7 @@ class ReplayBuffer:
         if self._share is None:
             return
         writes = self._mine(self._log.content())
+        self._check_datasets(writes[3])
         for first in range(0, len(writes[0]), _ROWS_AT_ONCE):
             self._write([column[first : first + _ROWS_AT_ONCE] for column in writes])
         self._store.sync()
@@ -271,19 +272,24 @@ class ReplayBuffer:
         if not fresh.any():
             return
         dataset, sample = dataset[fresh], sample[fresh]
+        self._check_datasets(dataset)
         place = self._places[dataset]
-        if (place < 0).any():
-            name = self._names[dataset[int(np.argmin(place))]]
-            raise DataError(
-                f"the replay buffer needs samples of dataset {name!r} that it does not hold yet, "
-                "and the dataset is not there; bring it back"
-            )
         identity = self._identity(ordinal[fresh], dataset, sample)
         ends = None
         if self._store.format.with_ends:
             ends = np.zeros((len(sample), self._store.format.seq_length), dtype=np.bool_)
             ends[self._rows.document_ends(place, sample)] = True
         self._store.write(position[fresh], identity, self._rows.read(place, sample), ends)
+
+    def _check_datasets(self, dataset: NDArray[np.int64]) -> None:
+        place = self._places[dataset]
+        if (place < 0).any():
+            gone = np.unique(dataset[place < 0]).tolist()
+            names = ", ".join(repr(self._names[one]) for one in gone)
+            raise DataError(
+                f"the replay buffer needs samples of dataset {names} that it does not hold yet, "
+                "and which is not there; bring it back"
+            )
 
     def _identity(
         self, ordinal: NDArray[np.int64], dataset: NDArray[np.integer], sample: NDArray[np.int64]

@@ -370,5 +370,6 @@ def _segments(plan: Plan) -> Iterator[dict[str, Any]]:
                 until.mark_skipped(one)
         history = until.history()
         changes = [change.text for change in differences(history, after.spec, batch)]
+        changes += [f"task {task} was dropped from the replay buffer" for task in after.dropped]
         yield {"first_batch": batch, "changes": changes}
         until = Plan.continued(history, after.spec, batch, allow_exhausted=True)

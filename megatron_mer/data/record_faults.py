@@ -97,7 +97,10 @@ _IDENTITY = (24, 32, 40)
 
 def _wrong_magic(found: int) -> str:
     if found == ERASED_MAGIC:
-        return "it was erased; expected a record: begin with an empty directory"
+        return (
+            "it was erased when its task was dropped from the buffer, and the checkpoint is from "
+            "before that; go on from a checkpoint that was rewritten then"
+        )
     if found == 0:
         return (
             "zeros; expected a record: it was never written, or a crash came before it reached the "

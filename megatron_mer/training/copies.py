@@ -24,6 +24,7 @@ from megatron_mer.checkpoint.place import Place
 from megatron_mer.config import RunConfig
 from megatron_mer.errors import CheckpointError, ConfigError, Problem
 from megatron_mer.log import get_logger
+from megatron_mer.training.dropped import NAME as DROPPED
 from megatron_mer.training.outputs import RunDirectory
 
 SECONDS_AT_THE_END = 300.0
@@ -31,7 +32,7 @@ SECONDS_AT_THE_END = 300.0
 
 KEY = "checkpoint.copy_to"
 _RUN_ID = "run_id"
-_BESIDE = ("config.yaml", "metrics.jsonl", "evaluations.jsonl")
+_BESIDE = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", DROPPED)
 SECONDS_TO_LOOK = 60.0
 
 OTHER_PLACE = "give this run a place of its own with --checkpoint.copy_to PATH_OR_URL"

@@ -24,6 +24,7 @@ from megatron_mer.continual.segments import ranges_of
 from megatron_mer.data.record_scan import scan
 from megatron_mer.data.record_store import RecordStore
 from megatron_mer.errors import ConfigError, DataError, MegatronMerError, Problem
+from megatron_mer.training.dropped import NAME, dropped_tasks
 from megatron_mer.training.kept_buffer import BufferOfRun, KeptCheckpoint, check_tasks
 from megatron_mer.training.lock import RunLock
 
@@ -101,6 +102,8 @@ def drop_tasks(
         prepare(run.outputs.checkpoints)
         clear_replaced(run.outputs.checkpoints)
         found = _look(run, store, tasks)
+        marked = dict.fromkeys([*dropped_tasks(run.root), *tasks])
+        run.outputs.write_json(NAME, {"tasks": list(marked)})
         for one in found.rewrites:
             rewrite_run_state(one.checkpoint.info.path, one.run_state)
         store.erase(np.concatenate([found.erasure.of_tasks, found.erasure.untold]))
@@ -269,7 +272,7 @@ def _untouched(run: BufferOfRun, names: Collection[str]) -> Iterator[str]:
     for name in names:
         yield f"dataset {name!r}: {prefixes.get(name, 'where it lies')}"
     if place := getattr(run.config.checkpoint, "copy_to", None):
-        yield f"copies of checkpoints in {place}: they refer to the tasks; remove those"
+        yield f"copies of checkpoints in {place}: a run that goes on from one drops the tasks anew"
     yield "snapshots of the disk, and old blocks where a file system copies on write"
     for path in sorted(run.root.parent.glob(f"{run.root.name}.before_*")):
         yield f"an earlier run in {path}, perhaps with a buffer of its own"

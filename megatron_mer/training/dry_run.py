@@ -290,13 +290,10 @@ def _first_batch(start: _Start, world_size: int, width: int) -> str:
     lines = RowTable(spans, width, text=True, rank=True)
     shown = [lines.head()]
     for row in batch_rows(spans, batch, 0, min(size, SHOWN_ROWS)):
-        texts = sample_texts(
-            prepared.datasets[row["dataset"]],
-            row["sample"],
-            config.model.seq_length,
-            prepared.tokenizer,
-            most=4 * width,
-        )
+        texts = ["(its dataset is gone; the replay buffer has it)"]
+        if (dataset := prepared.datasets.get(row["dataset"])) is not None:
+            length, tokenizer = config.model.seq_length, prepared.tokenizer
+            texts = sample_texts(dataset, row["sample"], length, tokenizer, most=4 * width)
         more = {"dp_rank": row["place"] // each, "text": DOCUMENT_END.join(texts)}
         shown.append(lines.line({**row, **more}))
     if size > SHOWN_ROWS:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from megatron_mer.parallel import Layout
 from megatron_mer.training.bring_back import bring_back
 from megatron_mer.training.buffer_folder import set_aside
 from megatron_mer.training.copies import copier, refuse_fresh
+from megatron_mer.training.dropped import dropped_tasks, without_dropped
 from megatron_mer.training.loop import Trainer
 from megatron_mer.training.outputs import RunDirectory, Status
 from megatron_mer.training.preflight import Prepared
@@ -83,6 +85,8 @@ def _run(
 ) -> None:
     passed_over = bring_back(prepared, outputs, rank, world_size, accept)
     info = _agreed_checkpoint(outputs, rank, passed_over)
+    if (found := info) is not None:
+        info = from_rank_0(rank, lambda: _without_dropped(found, outputs, passed_over))
     prepared, state = _state(prepared, info, accept)
     setup_logging(rank, outputs.log_file if rank == 0 else None)
     if rank == 0:
@@ -110,6 +114,18 @@ def _run(
     except Exception as error:
         _note(outputs, owner, "failed", f"rank {rank}: {type(error).__name__}: {error}")
         raise
+
+
+def _without_dropped(
+    info: CheckpointInfo, outputs: RunDirectory, said: list[str]
+) -> CheckpointInfo:
+    """The checkpoint, without what was dropped from the replay buffer after it was written."""
+    run_state, tasks = without_dropped(info.run_state, dropped_tasks(outputs.root))
+    if tasks:
+        named = ", ".join(tasks)
+        said.append(f"task {named} was dropped from the replay buffer after {info.path.name} was ")
+        said[-1] += "written: no row of it from before is replayed from here on"
+    return replace(info, run_state=dict(run_state))
 
 
 def _begin(outputs: RunDirectory, state: RunState) -> list[Any]:

@@ -37,6 +37,12 @@ def write_results(outputs: RunDirectory, prepared: Prepared, state: RunState) ->
     ledger = plan.ledger(state.batches)
     outputs.write_json("ledger.json", ledger)
     evaluations = outputs.evaluations()
+    if evaluations and evaluations[0]["moment"] != "start":
+        logger.warning(
+            "evaluations.jsonl does not begin before the first step (the run went on from a "
+            "checkpoint without its other files): the summary has no learned or retained losses"
+        )
+        evaluations = []
     skipped = len(plan.skipped)
     if skipped:
         logger.warning("%d of %d batches were skipped: not finite", skipped, state.batches)

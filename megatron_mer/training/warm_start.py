@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,12 +110,29 @@ def with_old_stream(config: RunConfig, fresh: bool = False) -> RunConfig:
         for entry in entries:
             names = ", ".join(dataset.name for dataset in entry.train)
             logger.info("trained before, by %s: task %s (%s)", text, entry.task, names)
+        _refuse_gone(text, entries)
     made = replace(config, stream=(*entries, *config.stream))
     if problems := check_run(made):
         given = f"what {text} was trained on stands before the stream, where it contradicts it"
         remedy = "name such entries yourself (trained_before: true), or set init_stream: none"
         raise ConfigError([Problem(_KEY, given, remedy=remedy), *problems])
     return made
+
+
+def _refuse_gone(text: str, entries: Iterable[TaskConfig]) -> None:
+    """A buffer is not inherited: what the old run was trained on is read from its datasets.
+
+    Raises:
+        ConfigError: some are not there.
+    """
+    prefixes = (one.prefix for entry in entries for one in entry.train)
+    if gone := [prefix for prefix in prefixes if not Path(f"{prefix}.idx").exists()]:
+        given = f"given {text}, which was trained on {', '.join(gone)}: not there any more"
+        remedy = (
+            "bring them back, set init_stream: none, or name a stand-in yourself as an entry with "
+            "trained_before: true"
+        )
+        raise ConfigError([Problem(_KEY, given, remedy=remedy)])
 
 
 def _usable(config: RunConfig, entries: Iterator[TaskConfig]) -> Iterator[TaskConfig]:
@@ -138,7 +155,11 @@ def _entries(config: RunConfig, old: OldRun) -> Iterator[TaskConfig]:
             share = float(plan.dataset_sizes[name] if entry["trained_before"] else counts["fresh"])
             datasets[name] = datasets.get(name, 0.0) + share
     held_out = _held_out(config, old)
+    dropped = {task for segment in plan.segments for task in segment.dropped}
     for task, datasets in taken.items():
+        if task in dropped:
+            logger.warning("%s: task %s was dropped from that run's buffer: not taken", _KEY, task)
+            continue
         shares = {name: share for name, share in datasets.items() if share > 0}
         train = tuple(
             DatasetConfig(

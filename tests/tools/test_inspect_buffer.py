@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_mer.checkpoint import find_latest
@@ -28,6 +27,7 @@ from megatron_mer.training import drop_tasks
 from megatron_mer.training.dry_run import sample_texts
 from megatron_mer.training.kept_buffer import BufferOfRun
 from megatron_mer.training.lock import RunLock
+from tests.stored_bytes import found_in, sample_bytes
 from tests.tiny_run import SEQ_LENGTH, TinyRun
 from tools import inspect_buffer
 
@@ -93,20 +93,6 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != ".lock"
     }
-
-
-def sample_bytes(corpus: Path, task: str) -> list[bytes]:
-    """Each sample of a dataset as it would lie in a record."""
-    dataset = IndexedDataset(corpus / task)
-    count = (dataset.num_tokens - 1) // SEQ_LENGTH
-    tokens = [dataset.tokens(at * SEQ_LENGTH, (at + 1) * SEQ_LENGTH + 1) for at in range(count)]
-    return [one.astype(np.uint16).tobytes() for one in tokens]
-
-
-def found_in(folder: Path, needles: list[bytes]) -> int:
-    """How many of the byte strings any file of a folder holds."""
-    content = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
-    return sum(needle in content for needle in needles)
 
 
 def replayed(run: Path, first: int) -> Counter[str]:
@@ -369,6 +355,18 @@ def test_the_run_goes_on_without_the_task(killed, tmp_path):
     for one in runs:
         assert found_in(one.folder / "run/buffer", sample_bytes(killed.corpus, "fr")) == 0
         assert inspect(one.folder / "run")[0] == 0
+
+
+def test_a_checkpoint_from_before_the_drop_drops_anew(killed, tmp_path):
+    tiny, run = resumed(killed, tmp_path, "fr"), tmp_path / "run"
+    for name in ("checkpoints", "buffer"):
+        shutil.rmtree(run / name)
+    shutil.copytree(killed.folder / "run/checkpoints", run / "checkpoints")
+    tiny.train(tiny.folder / "run.yaml", *BUFFER)
+    assert set(replayed(run, 15)) == {"en"}
+    assert found_in(run / "buffer", sample_bytes(killed.corpus, "fr")) == 0
+    said = "task fr was dropped from the replay buffer after step_000000015 was written"
+    assert said in (run / "train.log").read_text()
 
 
 def test_with_nothing_left_to_replay_all_rows_are_fresh(killed, tmp_path):

@@ -13,8 +13,9 @@ from megatron_mer.checkpoint import CheckpointInfo
 from megatron_mer.continual.plan import Plan
 from megatron_mer.continual.spec import DatasetSpec, EntrySpec, PlanSpec, ReplaySpec
 from megatron_mer.data.record_store import RecordFormat, RecordStore
-from megatron_mer.errors import ConfigError, DataError
+from megatron_mer.errors import CheckpointError, ConfigError, DataError
 from megatron_mer.training.drop_tasks import erasure, refuse_in_training, rewrite_of
+from megatron_mer.training.dropped import dropped_tasks, without_dropped
 from megatron_mer.training.kept_buffer import KeptCheckpoint
 
 SEGMENT_RECORDS = 4
@@ -123,3 +124,23 @@ def test_a_task_in_training_is_refused(batch, task):
         refuse_in_training(checkpoints, {task})
     assert len(told.value.problems) == 1
     refuse_in_training(checkpoints, {"a", "b", "c"} - {task})
+
+
+def test_the_mark_drops_what_an_older_checkpoint_still_has():
+    state = kept(a_spec(), 10).info.run_state  # Between b and c.
+    now, missing = without_dropped(state, ["b", "x"])
+    assert missing == ["b"]
+    assert now["history"] == Plan.without(state["history"], ["b"], 10).history()
+    assert without_dropped(now, ["b", "x"]) == (now, [])
+    assert without_dropped(state, ["c"]) == (state, [])  # No batch has trained it yet.
+    with pytest.raises(ConfigError, match="after batch 7 trains task 'b', which was dropped"):
+        without_dropped(kept(a_spec(), 7).info.run_state, ["b"])
+
+
+def test_a_mark_that_cannot_be_read_is_named(tmp_path):
+    assert dropped_tasks(tmp_path) == []
+    (tmp_path / "dropped.json").write_text('{"tasks": ["b"]}')
+    assert dropped_tasks(tmp_path) == ["b"]
+    (tmp_path / "dropped.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"dropped.json cannot be read"):
+        dropped_tasks(tmp_path)
