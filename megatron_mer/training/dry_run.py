@@ -273,6 +273,8 @@ def _resume(start: _Start, outputs: RunDirectory, fresh: bool) -> str:
         init = settings(start.prepared)["init"]
         weights = f", with the weights {init}" if init else ""
         begins = "a run without a checkpoint, which begins at batch 0" if earlier else "a new run"
+        if earlier and start.prepared.config.checkpoint.copy_to is not None:
+            begins = "a run without a checkpoint; without a copy it would begin at batch 0"
         return begins + weights
     where = f"batch {start.state.batches:,} from {start.checkpoint.path}"
     if start.refusal is not None:

@@ -93,7 +93,7 @@ def _run(
         for line in passed_over:
             logger.warning("%s", line)
     if state.batches >= prepared.plan.total_batches:
-        _end(prepared, outputs, state, rank)
+        _end(prepared, outputs, state, rank, world_size)
         return
     owner = from_rank_0(rank, lambda: _begin(outputs, state))
     try:
@@ -324,9 +324,7 @@ def _record_start(
 ) -> None:
     _warn_of_slow_bf16(prepared.config)
     outputs.cut_to(state.batches)
-    outputs.write_text("config.yaml", to_yaml(prepared.config))
-    outputs.write_environment(world_size, str(device()))
-    outputs.write_json("plan.json", prepared.plan.history())
+    _describe_run(prepared, outputs, world_size)
     config, plan = prepared.config, prepared.plan
     logger.info(
         "%s: %d batches of %d rows x %d tokens, tasks %s; process %d",
@@ -349,12 +347,22 @@ def _record_start(
             logger.warning("%s", line)
 
 
-def _end(prepared: Prepared, outputs: RunDirectory, state: RunState, rank: int) -> None:
+def _describe_run(prepared: Prepared, outputs: RunDirectory, world_size: int) -> None:
+    outputs.write_text("config.yaml", to_yaml(prepared.config))
+    outputs.write_environment(world_size, str(device()))
+    outputs.write_json("plan.json", prepared.plan.history())
+
+
+def _end(
+    prepared: Prepared, outputs: RunDirectory, state: RunState, rank: int, world_size: int
+) -> None:
     """Say that the run is done; write what a start that died after its last checkpoint did not."""
     if rank != 0:
         return
     if outputs.read_status().get("status") != "done":
         outputs.cut_to(state.batches)
+        if not (outputs.root / "plan.json").exists():  # of a run that came back from its copies
+            _describe_run(prepared, outputs, world_size)
         write_results(outputs, prepared, state)
         outputs.write_status("done", state.updates)
     logger.info("the run is done: %d batches; --fresh begins anew", state.batches)

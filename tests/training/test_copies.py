@@ -68,6 +68,13 @@ def test_copies_change_no_bit_and_a_run_goes_on_from_them_alone(tiny):
     assert [path.name for path in step_directories(place)] == names
     assert [damaged(path) for path in step_directories(place)] == [None] * len(names)
     assert (place / "latest").read_text() == "step_000000009\n"
+    # A run that is done and lost its directory is described again too.
+    described = {name: (here / name).read_text() for name in ("config.yaml", "plan.json")}
+    shutil.rmtree(here)
+    tiny.train(config)
+    assert {name: (here / name).read_text() for name in described} == described
+    assert {"environment.json", "summary.json"} <= {path.name for path in here.iterdir()}
+    assert tiny.results("run") == tiny.results("alone")
 
 
 @pytest.fixture
