@@ -165,7 +165,7 @@ def test_an_erased_record(store: RecordStore) -> None:
     assert sizes == [store.path(number).stat().st_size for number in store.segments()]
     assert store.path(1).read_bytes()[256:384] == b"ERAS" + bytes(124)
     for one in (store, reader):
-        check_fault(one, 6, "it was erased; expected a record")
+        check_fault(one, 6, "it was erased when its task was dropped from the buffer")
     store.write(at(6), ROWS.identity[6:7], ROWS.tokens[6:7], ROWS.ends[6:7])
     assert reader.check(ALL, ROWS.identity) == []
 
