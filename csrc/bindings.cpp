@@ -237,7 +237,18 @@ void bind_buffer(py::module_& module) {
             },
             "batch"_a.noconvert())
         .def("settle", &BufferLog::settle, "batch"_a.noconvert(), Unlocked())
-        .def("find", &find, "slots"_a.noconvert(), "ordinals"_a.noconvert());
+        .def("find", &find, "slots"_a.noconvert(), "ordinals"_a.noconvert())
+        .def(
+            "sources",
+            [](const BufferLog& log, const Array<i64>& positions) {
+                std::vector<i64> found = to_vector(positions, "positions");
+                {
+                    const py::gil_scoped_release unlocked;
+                    found = log.sources(std::move(found));
+                }
+                return to_array(found);
+            },
+            "positions"_a.noconvert());
 }
 
 void bind_parts(py::module_& module) {

@@ -92,8 +92,22 @@ class BufferLog {
         const i64 live = held_.reservoirs().num_slots() ? held_.reservoirs().row_in(slot) : kNone;
         if (live == kNone || plan_.source_of_live(live, held_.batch())[0] != ordinal) return kNone;
         i64 at = position_[slot];
-        while (at >= settled_ && at != kNone) at = source_of(at);
-        return at;
+        return settled_source(at);
+    }
+
+    // Where everybody can read the rows now that get these positions, which are not settled yet.
+    std::vector<i64> sources(std::vector<i64> positions) const {
+        const std::unique_lock lock(mutex_);
+        for (i64& at : positions) {
+            if (at < settled_ || at >= tail_) {
+                throw std::invalid_argument("position " + std::to_string(at) +
+                                            " is not one that is being written: those are " +
+                                            std::to_string(settled_) + " to " +
+                                            std::to_string(tail_ - 1));
+            }
+            at = settled_source(at);
+        }
+        return positions;
     }
 
   private:
@@ -162,6 +176,11 @@ class BufferLog {
         return begun.second[position - begun.first];
     }
 
+    i64 settled_source(i64 position) const {
+        while (position >= settled_ && position != kNone) position = source_of(position);
+        return position;
+    }
+
     // What lies from a position on, each row with the place that it had before.
     Writes writes_from(i64 first) const {
         Writes found;
@@ -172,8 +191,7 @@ class BufferLog {
                 if (slots[place] == kNone || position < first) continue;
                 const i64 live = held_.reservoirs().row_in(slots[place]);
                 const auto [ordinal, dataset, sample] = plan_.source_of_live(live, held_.batch());
-                i64 source = first == 0 ? kNone : position;
-                while (source >= settled_ && source != kNone) source = source_of(source);
+                const i64 source = first == 0 ? kNone : settled_source(position);
                 found.position.push_back(position);
                 found.source.push_back(source);
                 found.ordinal.push_back(ordinal);

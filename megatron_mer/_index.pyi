@@ -153,6 +153,9 @@ class BufferLog:
     def find(self, slots: NDArray[np.int64], ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
         """Position of the row that each slot holds, -1 where it is not settled yet."""
 
+    def sources(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where everybody can read the rows now that get these positions, -1: nowhere yet."""
+
 class BufferEmpty(ValueError):
     """The buffer holds no row that may be replayed. args: batch, task."""
 

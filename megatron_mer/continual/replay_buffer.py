@@ -10,12 +10,13 @@ there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ FAILED = -1.0
 """What a rank reports of a buffer that it could not write."""
 NOTHING_TO_WRITE = float(2**53)
 """What a rank reports that writes no record."""
+
+T = TypeVar("T")
 
 _MOST_WAITING = 4
 """Batches whose records wait to be written before training waits for them."""
@@ -95,6 +98,11 @@ class ReplayBuffer:
             self._thread.start()
 
     @property
+    def batch(self) -> int:
+        """Batches whose rows entered."""
+        return self._log.batch
+
+    @property
     def tail(self) -> int:
         """Positions of the log that were given out so far."""
         return self._log.tail
@@ -145,7 +153,8 @@ class ReplayBuffer:
         """
         self._log.settle(int(min(reports)))
         live = set(self._log.live_segments())
-        # A removed file keeps its space on the disk as long as somebody has it open.
+        # A removed file keeps its space on the disk as long as somebody has it open. What is open
+        # for writing is the other thread's.
         self._store.release(self._live - live)
         self._live = live
 
@@ -177,6 +186,9 @@ class ReplayBuffer:
     def prune(self, needed: set[int], tail: int) -> None:
         """Remove segments that neither a kept checkpoint needs nor the run since.
 
+        Only once all ranks have settled the batches before that checkpoint: until then a row that
+        was moved is read from where it was.
+
         Args:
             needed: what kept checkpoints need.
             tail: of the log at the last of them.
@@ -200,15 +212,7 @@ class ReplayBuffer:
         Raises:
             DataError: a record is damaged or gone.
         """
-        identity = self._identity(rows.ordinal, rows.dataset, rows.sample)[which]
-        try:
-            return self._store.read(at[which], identity)
-        except RecordMissing:
-            # Its segment may have gone since, and the record with it to another one.
-            again = self.find(rows)[which]
-            if (again == at[which]).all():
-                raise
-            return self._store.read(again, identity)
+        return self._where_it_is(self._store.read, rows, at, which)
 
     def count_ends(
         self, rows: Rows, at: NDArray[np.int64], which: NDArray[np.int64]
@@ -218,23 +222,36 @@ class ReplayBuffer:
         Raises:
             DataError: a record is damaged or gone.
         """
-        identity = self._identity(rows.ordinal, rows.dataset, rows.sample)[which]
-        try:
-            return self._store.count_ends(at[which], identity)
-        except RecordMissing:
-            again = self.find(rows)[which]
-            if (again == at[which]).all():
-                raise
-            return self._store.count_ends(again, identity)
+        return self._where_it_is(self._store.count_ends, rows, at, which)
 
     def close(self) -> None:
         """Return when this rank writes no record any more; what waits is given up."""
         if self._thread.is_alive():
-            while not self._jobs.empty():
-                self._jobs.get_nowait()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._jobs.get_nowait()
             self._jobs.put(None)
             self._thread.join()
         self._store.close()
+
+    def _where_it_is(
+        self,
+        read: Callable[[NDArray[np.int64], NDArray[np.int64]], T],
+        rows: Rows,
+        at: NDArray[np.int64],
+        which: NDArray[np.int64],
+    ) -> T:
+        """Read records, and where their segments have gone since, those that they were moved to."""
+        identity = self._identity(rows.ordinal, rows.dataset, rows.sample)[which]
+        place = at[which]
+        while True:
+            try:
+                return read(place, identity)
+            except RecordMissing:
+                again = self.find(rows)[which]
+                if (again == place).all():
+                    raise
+                place = again
 
     def _put(self, job: _Job) -> None:
         while self._failure is None:
@@ -250,12 +267,33 @@ class ReplayBuffer:
                     self._store.sync()
                     job.done.set()
                     continue
-                self._write(job.writes)
+                self._write_job(job.writes)
                 if self._sync:
                     self._store.sync()
                 self._done = job.batch
         except BaseException as error:  # noqa: BLE001 - the training loop must hear of anything
             self._failure = error
+
+    def _write_job(self, writes: Sequence[NDArray[np.int64]]) -> None:
+        """Write what an advance of the log asks for, some batches later."""
+        position, source, *rest = writes
+        if not len(position):
+            return
+        # What the source was when the job was made may have been moved and removed since.
+        moved = np.flatnonzero(source >= 0)
+        source = source.copy()
+        source[moved] = self._log.sources(position[moved])
+        while True:
+            try:
+                self._write([position, source, *rest])
+                break
+            except RecordMissing:
+                again = self._log.sources(position[moved])
+                if (again == source[moved]).all():
+                    raise
+                source[moved] = again
+        # Nothing is written to earlier segments any more.
+        self._store.close_written(int(position.min()) // self._store.segment_records)
 
     def _mine(self, writes: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
         if self._share is None:

@@ -73,21 +73,29 @@ class SegmentFiles:
     def remove(self, segments: Iterable[int]) -> None:
         """Remove segment files; one that is not there is no error.
 
-        Other processes keep their space on the disk until they `release` them.
+        Who has them open keeps their space on the disk: others until they `release` them, and the
+        thread that writes until `close_written`.
 
         Raises:
             OSError: the system refuses.
         """
         for segment in segments:
-            self.release([segment])
+            self._close_reader(segment)
             self.path(segment).unlink(missing_ok=True)
 
     def release(self, segments: Iterable[int]) -> None:
-        """Close what this process has open of segment files; they are opened again when needed."""
+        """Close what this process reads of segment files; they are opened again when needed."""
         for segment in segments:
             self._close_reader(segment)
-            if segment in self._writers:
-                self._writers.pop(segment).close()
+
+    def close_written(self, below: int) -> None:
+        """Close what this process writes of the segments below a number.
+
+        For the thread that writes, and no other: a descriptor that is closed while it is being
+        written to may be another file's by then.
+        """
+        for segment in [one for one in self._writers if one < below]:
+            self._writers.pop(segment).close()
 
     def bytes_on_disk(self) -> int:
         """Return the bytes that the segment files take on the disk; holes take none."""
@@ -98,8 +106,10 @@ class SegmentFiles:
         return total
 
     def close(self) -> None:
-        """Close all files; the next call opens them again. Nothing is synced."""
-        self.release([*self._readers, *self._writers])
+        """Close all files; the next call opens them again. Nothing is synced, and none writes."""
+        self.release(list(self._readers))
+        for segment in list(self._writers):
+            self._writers.pop(segment).close()
 
     def __del__(self) -> None:
         """Close the files of a store that is no longer used."""
@@ -125,6 +135,9 @@ class SegmentFiles:
     def _writer(self, segment: int, create: bool) -> BinaryIO:
         """Return a segment's file, open for writing; the least recently used one is closed."""
         file = self._writers.pop(segment, None)
+        if file is not None and os.fstat(file.fileno()).st_nlink == 0:  # removed since
+            file.close()
+            file = None
         if file is None:
             file = self._open_writer(self.path(segment), create)
         self._writers[segment] = file

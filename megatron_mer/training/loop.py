@@ -372,7 +372,7 @@ class Trainer:
     def _committed(self, step: int) -> None:
         self.outputs.write_status("running", step)
         if self.buffer:
-            self.buffer.prune()
+            self.buffer.committed()
         self._copies.offer(step)
 
     def _reptile_tensors(self) -> Mapping[str, Sequence[Tensor]]:
@@ -382,6 +382,8 @@ class Trainer:
         """Write summary, ledger and picture; say that the run is done."""
         self.save()
         self.wait_for_checkpoint()
+        if self.buffer:
+            self.buffer.finish()
         if self.rank == 0:
             self.trackers.finish(write_results(self.outputs, self._prepared, self.state))
             show_results(self.outputs)

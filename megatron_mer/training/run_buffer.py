@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class RunBuffer:
         self._about = about
         self._folder = folder
         self._path = path
+        self._settled = 0.0
+        self._due: deque[tuple[int, set[int], int]] = deque()
         self.rows = buffer
         """For the loader."""
 
@@ -65,7 +68,10 @@ class RunBuffer:
                 "then start again: the run resumes"
             )
         if self.rows:
+            # Every rank has come to this step, so all have settled what was told in the last one.
+            self._prune(self._settled)
             self.rows.settle(reports)
+            self._settled = min(reports)
 
     def saved(self, step: int) -> dict[str, Any] | None:
         """What a checkpoint of this moment says of the buffer; on rank 0, whose state is kept."""
@@ -79,20 +85,30 @@ class RunBuffer:
         """What a checkpoint has to wait for, in its own thread."""
         return self.rows.flush() if self.rows else None
 
-    def prune(self) -> None:
-        """A checkpoint has its name: remove what none needs any more. On rank 0."""
-        if self._folder is None or self.rows is None:
-            return
-        try:
-            self.rows.prune(*self._folder.needed())
-        except OSError as error:
-            logger.warning("old segments of the replay buffer cannot be removed: %s", error)
+    def committed(self) -> None:
+        """A checkpoint has its name: what none needs any more may go soon. On rank 0."""
+        if self._folder and self.rows:
+            self._due.append((self.rows.batch, *self._folder.needed()))
+
+    def finish(self) -> None:
+        """No rank reads rows any more, and the last checkpoint has its name."""
+        self._prune(NOTHING_TO_WRITE)
+
+    def _prune(self, settled: float) -> None:
+        """Remove what no checkpoint needs, as far as all ranks have settled."""
+        while self.rows and self._due and self._due[0][0] <= settled:
+            _, needed, tail = self._due.popleft()
+            try:
+                self.rows.prune(needed, tail)
+            except OSError as error:
+                logger.warning("old segments of the replay buffer cannot be removed: %s", error)
 
     def ready(self, built: bool) -> None:
         """The start found or built all that it needs: note that, and remove the rest. On rank 0."""
         if built and self._folder and self.rows:
             self._folder.built(self._about, self.rows.tail)
-        self.prune()
+        self.committed()
+        self.finish()
 
     def close(self) -> None:
         """Write nothing any more."""

@@ -8,6 +8,7 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,9 +65,12 @@ def test_removed_and_released_files_are_closed(tmp_path: Path) -> None:
     reader.read(positions, rows.identity)
     assert len(open_files(tmp_path)) == 6
     writer.remove([1])
-    assert open_files(tmp_path).count("segment_000000001.rec (deleted)") == 1
+    assert open_files(tmp_path).count("segment_000000001.rec (deleted)") == 2
     reader.release([1, 5])
+    assert open_files(tmp_path).count("segment_000000001.rec (deleted)") == 1
+    writer.close_written(below=2)
     assert "segment_000000001.rec (deleted)" not in open_files(tmp_path)
+    assert len(open_files(tmp_path)) == 3
     with pytest.raises(RecordMissing):
         reader.read(positions, rows.identity)
     writer.close()
@@ -74,6 +78,28 @@ def test_removed_and_released_files_are_closed(tmp_path: Path) -> None:
     reader.close()
     assert open_files(tmp_path) == []
     del writer, reader
+
+
+def test_nobody_closes_a_file_that_another_thread_writes_to(tmp_path: Path) -> None:
+    """Its descriptor would be another file's by the time of the write."""
+    store = RecordStore(tmp_path / "records", SMALL, 4)
+    store.directory.mkdir()
+    core, opened = store._records, []
+
+    class Late:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(core, name)
+
+        def write(self, *arguments: Any) -> None:
+            store.release([0])
+            store.remove([0])
+            opened.append((tmp_path / "other").open("wb"))  # takes the lowest free number
+            core.write(*arguments)
+
+    store._records = Late()  # type: ignore[assignment]
+    write(store, at(0, 1))
+    opened[0].close()
+    assert (tmp_path / "other").read_bytes() == b""
 
 
 def test_a_store_that_nobody_holds_closes_its_files(tmp_path: Path) -> None:
@@ -217,4 +243,5 @@ def test_ten_thousand_segments_under_a_limit_of_256_descriptors(tmp_path: Path) 
     store.copy(positions[:1000], positions[:1000] + count)
     assert store.check(positions[:1000] + count, rows.identity[:1000]) == []
     store.remove(range(2 * count))
+    store.close_written(below=2 * count)
     assert (store.segments(), open_files(tmp_path)) == ([], [])

@@ -16,6 +16,7 @@ def train(
     disk_full_at=None,
     count_blocks=False,
     buffer_full_at=None,
+    slow_buffer=None,
 ):
     """Run the training program as its script does.
 
@@ -25,6 +26,7 @@ def train(
         poison: {"batch", "rank"}: make one gradient NaN there.
         record: folder to write every batch's tokens into, one file a rank.
         count_blocks: return how often a block ran forward.
+        slow_buffer: {"rank", "seconds"}: how long the replay buffer's disk takes there for a write.
         disk_full_at: the last rank finds the disk full when it writes this step's checkpoint.
     """
     from megatron_mer.training import main
@@ -40,6 +42,8 @@ def train(
         _disk_full(disk_full_at)
     if buffer_full_at is not None:
         _buffer_full(buffer_full_at)
+    if slow_buffer is not None and int(os.environ["RANK"]) == slow_buffer["rank"]:
+        _slow_buffer(slow_buffer["seconds"])
     blocks = _count_blocks() if count_blocks else []
     code = main.main(arguments)
     if code:
@@ -116,6 +120,39 @@ def _buffer_full(batch):
         return apply(self, done)
 
     ReplayBuffer.apply = full
+
+
+def _slow_buffer(seconds):
+    import time
+
+    from megatron_mer.data.record_store import RecordStore
+
+    make = RecordStore.__init__
+
+    class Slow:
+        """Writes to a file a while after its descriptor was told."""
+
+        def __init__(self, records):
+            self._records = records
+
+        def __getattr__(self, name):
+            work = getattr(self._records, name)
+            if name not in ("write", "store"):
+                return work
+
+            def later(descriptors, *rest):
+                files = [os.readlink(f"/proc/self/fd/{one}") for one in descriptors]
+                time.sleep(seconds)
+                assert [os.readlink(f"/proc/self/fd/{one}") for one in descriptors] == files
+                return work(descriptors, *rest)
+
+            return later
+
+    def slow(self, *arguments):
+        make(self, *arguments)
+        self._records = Slow(self._records)
+
+    RecordStore.__init__ = slow
 
 
 def _count_blocks():

@@ -219,6 +219,29 @@ def test_a_full_disk_ends_every_rank_with_the_cause_and_the_run_resumes(tiny):
     assert tiny.results("full") == tiny.results("alone")
 
 
+# Rows are displaced, moved and removed before a slow disk has them: with few rows many segments die
+# in a batch, and a checkpoint after each batch removes what the one before needed.
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "capacity", "every"), [(0, 128, 10), (0, 400, 1), (1, 400, 1)])
+def test_a_disk_that_falls_behind_only_makes_the_run_wait(tiny, rank, capacity, every):
+    def long(config):
+        for task in config["stream"]:
+            task.update(steps=30, max_epochs=100)
+            del task["valid"]
+        config["schedule"] = {"kind": "constant", "warmup_steps": 1}
+        config["batch"].update(global_batch_size=16, micro_batch_size=8)
+        config["checkpoint"].update(every_steps=every, keep_last=1)
+        config["replay"].update(alpha=0.5, source="buffer", capacity_samples=capacity, prefetch=4)
+        config["model"]["num_layers"] = 1
+        del config["evaluate"]
+
+    tiny.train(tiny.write("alone", long), world_size=2)
+    slow = {"rank": rank, "seconds": 0.03}
+    tiny.train(tiny.write("slow", long), world_size=2, slow_buffer=slow, timeout=240.0)
+    assert tiny.results("slow") == tiny.results("alone")
+    assert records(tiny.folder / "slow") == records(tiny.folder / "alone")
+
+
 @pytest.mark.parametrize("policy", ["equal", "uniform"])
 def test_capacity_by_task_and_what_was_trained_before(tiny, policy):
     capacity = "--replay.capacity_samples={base: 9, fr: 12, de: 5}"
