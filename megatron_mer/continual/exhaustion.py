@@ -49,6 +49,6 @@ def empty_buffer(segments: Sequence[Segment], batch: int, task: int) -> DataErro
     return DataError(
         f"batch {batch}: the replay buffer holds no sample {what}that may be replayed: all that it "
         "held were displaced by the task in training. Its capacity (replay.capacity_samples, "
-        f"{capacity}) is too small beside that task; begin anew with a larger one, with one for "
-        "each task, or with replay.include_current_task: true"
+        f"{capacity}) is too small beside that task; give a new run a larger one, one for "
+        "each task, or replay.include_current_task: true"
     )

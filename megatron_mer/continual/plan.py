@@ -272,6 +272,20 @@ class Plan:
         """Rows that the plan's buffer holds at most; 0 without one."""
         return self._index.num_slots
 
+    def check_buffer(self) -> None:
+        """Make sure that the buffer lasts: every batch finds something to replay in it.
+
+        Rows of past tasks only become fewer while a task is trained, so its last batch tells.
+
+        Raises:
+            DataError: names a batch that finds nothing.
+        """
+        for entry in self.entries:
+            batches = range(entry.last_batch - 1, entry.first_batch - 1, -1)
+            last = next((batch for batch in batches if self.replay_rows(batch)), None)
+            if self.has_buffer and last is not None:
+                self.rows(last)
+
     def buffer_log(self, segment_records: int) -> _index.BufferLog:
         """Where the records of the plan's buffer lie, before batch 0; see `replay_buffer`."""
         return _index.BufferLog(self._index, segment_records)

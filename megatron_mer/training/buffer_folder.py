@@ -181,14 +181,18 @@ class BufferFolder:
         if there is None and any(self.path.glob("*.rec")):
             given = f"given {self.path}, which holds records but no {ABOUT}"
             raise ConfigError([Problem(KEY, given, "an empty folder", _OTHER)])
-        if there is not None and there.output_dir != self._output_dir():
-            raise self._foreign(there)
+        if there is not None:
+            if there.output_dir != self._output_dir() and not self._inside():
+                raise self._foreign(there)
+            self._refuse_needed(there)
         for path in self.path.glob("*.rec"):
             path.unlink()
         return self._write(uuid.uuid4().hex, segment_records(capacity), _BEING_BUILT), True
 
     def _go_on(self, there: About | None, saved: Mapping[str, Any]) -> tuple[About, bool]:
         if there is not None and there.id != saved["id"]:
+            raise self._later(saved) if self._inside() else self._foreign(there)
+        if there is not None and shared_with(self.path, there, Path(self._config.output_dir)):
             raise self._foreign(there)
         records, missing = int(saved["segment_records"]), None
         for number in batches_of(saved["segments"]):
@@ -221,6 +225,32 @@ class BufferFolder:
         replace_text(self.path / ABOUT, json.dumps(asdict(about), indent=1) + "\n")
         return about
 
+    def _inside(self) -> bool:
+        """Whether the folder lies in the run's directory, wherever that was moved or copied to."""
+        return inside(self.path, Path(self._config.output_dir))
+
+    def _refuse_needed(self, there: About) -> None:
+        """Keep a buffer that the run had before it replayed from elsewhere.
+
+        Raises:
+            ConfigError: a checkpoint that is kept needs it.
+        """
+        names = [
+            path.name
+            for path in step_directories(self._checkpoints)
+            if broken(path) is None and (_saved(path) or {}).get("id") == there.id
+        ]
+        if names:
+            given = f"given {self.path}, which has an earlier buffer of this run that checkpoint "
+            given += f"{names[0]} needs"
+            raise ConfigError([Problem(KEY, given, "an empty folder", _OTHER)])
+
+    def _later(self, saved: Mapping[str, Any]) -> ConfigError:
+        given = f"given {self.path}, which has another buffer of this run than the checkpoint "
+        given += f"needs; that was in {saved['dir']}"
+        remedy = "give that folder with --replay.dir PATH, or an empty one, to build it again there"
+        return ConfigError([Problem(KEY, given, remedy=remedy)])
+
     def _output_dir(self) -> str:
         return os.path.abspath(self._config.output_dir)
 
@@ -242,9 +272,28 @@ def saved_buffer(about: About, folder: Path, live_segments: list[int], tail: int
     }
 
 
-def _needs_of(path: Path) -> tuple[set[int], int]:
+def inside(folder: Path, root: Path) -> bool:
+    """Whether a buffer's folder lies in a run's directory."""
+    return folder.resolve().is_relative_to(root.resolve())
+
+
+def shared_with(folder: Path, about: About, root: Path) -> str | None:
+    """Another run that has the buffer in a folder; None: it is that of the run in `root` alone."""
+    other = Path(about.output_dir)
+    if inside(folder, root) or other.resolve() == root.resolve():
+        return None
+    return about.output_dir if (other / "status.json").exists() else None
+
+
+def _saved(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of the buffer."""
     try:
-        saved = json.loads((path / RUN_STATE).read_text(encoding="utf-8")).get("buffer")
+        state: dict[str, Any] = json.loads((path / RUN_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / RUN_STATE} cannot be read: {error}") from error
+    return state.get("buffer")
+
+
+def _needs_of(path: Path) -> tuple[set[int], int]:
+    saved = _saved(path)
     return (set(batches_of(saved["segments"])), int(saved["tail"])) if saved else (set(), 0)

@@ -24,6 +24,7 @@ from megatron_mer.continual.segments import ranges_of
 from megatron_mer.data.record_scan import scan
 from megatron_mer.data.record_store import RecordStore
 from megatron_mer.errors import ConfigError, DataError, MegatronMerError, Problem
+from megatron_mer.training.buffer_folder import shared_with
 from megatron_mer.training.dropped import NAME, dropped_tasks
 from megatron_mer.training.kept_buffer import BufferOfRun, KeptCheckpoint, check_tasks
 from megatron_mer.training.lock import RunLock
@@ -95,13 +96,16 @@ def drop_tasks(
         CheckpointError: a checkpoint cannot be rewritten.
         OSError: the disk refuses.
     """
-    _, store = run.store(checkpoint)
+    about, store = run.store(checkpoint)
+    if (other := shared_with(store.directory, about, run.root)) is not None:
+        given = f"given {run.root}, whose buffer {store.directory} is that of the run in {other}"
+        raise ConfigError([Problem(OPTION, given, remedy="drop the task from that run")])
     if not do:
-        return _look(run, store, tasks)
+        return _look(run, store, about.id, tasks)
     with _alone(run.root, "output_dir"), _alone(store.directory, "replay.dir"):
         prepare(run.outputs.checkpoints)
         clear_replaced(run.outputs.checkpoints)
-        found = _look(run, store, tasks)
+        found = _look(run, store, about.id, tasks)
         marked = dict.fromkeys([*dropped_tasks(run.root), *tasks])
         run.outputs.write_json(NAME, {"tasks": list(marked)})
         for one in found.rewrites:
@@ -123,7 +127,7 @@ def _alone(folder: Path, key: str) -> Iterator[None]:
         lock.release()
 
 
-def _look(run: BufferOfRun, store: RecordStore, tasks: Sequence[str]) -> Drop:
+def _look(run: BufferOfRun, store: RecordStore, id: str, tasks: Sequence[str]) -> Drop:
     kept = run.kept()
     plans = [one.plan for one in kept]
     with contextlib.suppress(OSError, ValueError, MegatronMerError):  # A note of the last start.
@@ -136,7 +140,8 @@ def _look(run: BufferOfRun, store: RecordStore, tasks: Sequence[str]) -> Drop:
             notes.append(f"{one.name} replays from no buffer: left as it is")
             continue
         rewrite = rewrite_of(one, tasks)
-        contents.append(rewrite.content)
+        if one.saved["id"] == id:
+            contents.append(rewrite.content)
         if rewrite.dropped_rows:
             rewrites.append(rewrite)
         notes += _notes(rewrite, tasks)
@@ -148,7 +153,9 @@ def _look(run: BufferOfRun, store: RecordStore, tasks: Sequence[str]) -> Drop:
                 "there stays"
             )
     names = [name for name, theirs in owners.items() if theirs & set(tasks)]
-    return Drop(rewrites, erasure(store, names, contents), notes, list(_untouched(run, names)))
+    return Drop(
+        rewrites, erasure(store, names, contents), notes, list(_untouched(run, store, names))
+    )
 
 
 def refuse_in_training(kept: Sequence[KeptCheckpoint], tasks: Collection[str]) -> None:
@@ -264,11 +271,16 @@ def erasure(
 _NONE: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
 
-def _untouched(run: BufferOfRun, names: Collection[str]) -> Iterator[str]:
+def _untouched(run: BufferOfRun, store: RecordStore, names: Collection[str]) -> Iterator[str]:
     yield f"{run.root / 'plan.json'}: it tells of the run up to its last start; the next writes it"
     prefixes: Mapping[str, str] = {
         one.name: one.prefix for task in run.config.stream for one in task.train
     }
+    folders = {str(one.saved["dir"]) for one in run.kept() if one.saved is not None}
+    for folder in sorted(folders):
+        earlier = Path(folder)
+        if earlier.resolve() != store.directory.resolve() and any(earlier.glob("*.rec")):
+            yield f"{folder}: an earlier folder of the run's buffer, with its records; remove it"
     for name in names:
         yield f"dataset {name!r}: {prefixes.get(name, 'where it lies')}"
     if place := getattr(run.config.checkpoint, "copy_to", None):

@@ -86,6 +86,8 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
         copied = config.checkpoint.copy_to is not None
         started = not fresh and (copied or RunDirectory(config.output_dir).has_checkpoint())
         plan = _collect(problems, "stream", lambda: _plan(config, training, gone, started))
+        if plan is not None and not started:
+            _collect(problems, "replay.capacity_samples", plan.check_buffer)
     if problems or tokenizer is None or plan is None:
         raise ConfigError(problems)
     return Prepared(config, tokenizer, training, valid, plan, gone)

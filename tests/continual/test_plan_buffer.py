@@ -113,6 +113,26 @@ def test_every_row_equals_the_oracle(life: BufferedLife) -> None:
         assert found == {name: replayed[at] for at, name in enumerate(life.plan.datasets)}
 
 
+@settings(max_examples=200)
+@given(data=st.data())
+def test_a_buffer_that_does_not_last_is_known_before_the_first_batch(data: st.DataObject) -> None:
+    plan = Plan(data.draw(buffered(data.draw(specs()))))
+    emptied = [batch for batch in range(plan.total_batches) if is_empty(plan, batch)]
+    if emptied:
+        with pytest.raises(DataError, match="is too small beside that task"):
+            plan.check_buffer()
+    else:
+        plan.check_buffer()
+
+
+def is_empty(plan: Plan, batch: int) -> bool:
+    try:
+        plan.rows(batch)
+    except DataError:
+        return True
+    return False
+
+
 @settings(max_examples=100)
 @given(life=lives(), size=st.integers(1, 7), data=st.data())
 def test_the_log_equals_the_oracle_however_it_is_walked(life, size: int, data) -> None:

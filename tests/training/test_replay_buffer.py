@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mer.errors import ConfigError
+from megatron_mer.training import drop_tasks
+from megatron_mer.training.kept_buffer import BufferOfRun
 from tests.tiny_run import TinyRun
 
 pytestmark = pytest.mark.dist
@@ -269,6 +272,55 @@ def test_a_run_may_change_to_a_buffer(tiny):
     assert "replay.source was stream, is buffer" in said
     tiny.train(config, *BUFFER, "--accept", "replay")
     assert len(tiny.lines("run")) == 20
+    # Not in mid-run: it is known before the first batch, and said by a dry run too.
+    small = ("--replay.source=buffer", "--replay.capacity_samples=1")
+    for more in ((), ("--dry-run",)):
+        options = (*small, *more, f"--output_dir={tiny.folder}/small")
+        said = tiny.train(config, *options, expect_failure=True, output=True)
+        assert "the replay buffer holds no sample that may be replayed" in said
+        assert "Its capacity (replay.capacity_samples, 1) is too small" in said
     other = ("--replay.source=buffer", "--replay.capacity_samples=41")
     said = tiny.train(config, *other, "--accept", "replay", expect_failure=True, output=True)
     assert "replay.capacity_samples was 40, is 41" in said
+
+
+def test_a_buffer_that_a_kept_checkpoint_needs_is_not_removed(tiny):
+    tiny.train(tiny.write("alone"), *BUFFER)
+    config, run = tiny.write("run"), tiny.folder / "run"
+    kill(tiny, config, 7, *BUFFER)
+    kill(tiny, config, 11, "--accept", "replay")
+    again = (*BUFFER, "--accept", "replay")
+    said = tiny.train(config, *again, expect_failure=True, output=True)
+    needs = f"replay.dir: given {run}/buffer, which has an earlier buffer of this run that "
+    assert needs + "checkpoint step_000000007 needs" in said
+    other = tiny.folder / "other"
+    kill(tiny, config, 15, *again, f"--replay.dir={other}")
+    for step in (10, 14, 15):
+        shutil.rmtree(run / f"checkpoints/step_{step:09d}", ignore_errors=True)
+    (run / "checkpoints/latest").unlink()
+    said = tiny.train(config, *BUFFER, f"--replay.dir={other}", expect_failure=True, output=True)
+    assert f"which has the buffer of run 'tiny' of {run}" in said
+    tiny.train(config, *BUFFER)
+    assert "resuming after batch 7" in (run / "train.log").read_text()
+    assert "built again" not in (run / "train.log").read_text()
+    assert tiny.results("run") == tiny.results("alone")
+
+
+def test_a_copied_run_leaves_the_original_its_buffer(tiny):
+    config = tiny.write("run")
+    place = f"--replay.dir={tiny.folder}/rows"
+    kill(tiny, config, 11, *BUFFER, place)
+    shutil.copytree(tiny.folder / "run", tiny.folder / "copy")
+    copied = tiny.write("copy")
+    said = tiny.train(copied, *BUFFER, place, expect_failure=True, output=True)
+    assert f"which has the buffer of run 'tiny' of {tiny.folder}/run; allowed" in said
+    with pytest.raises(ConfigError, match="drop the task from that run"):
+        drop_tasks.drop_tasks(*BufferOfRun.of(str(tiny.folder / "copy")), ["en"], do=True)
+    # With a folder of its own, or with its own folder, which a copy brings along.
+    tiny.train(copied, *BUFFER, f"--replay.dir={tiny.folder}/other_rows")
+    tiny.train(config, *BUFFER, place)
+    assert tiny.results("copy") == tiny.results("run")
+    kill(tiny, tiny.write("whole"), 11, *BUFFER)
+    shutil.copytree(tiny.folder / "whole", tiny.folder / "twin")
+    tiny.train(tiny.write("twin"), *BUFFER)
+    assert tiny.results("twin") == tiny.results("run")
