@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_mer.data.corpus.cutting import LONG_TEXT
@@ -86,8 +87,9 @@ def plan_units(
 ) -> list[list[Unit]]:
     """Return the units of each input, in order.
 
-    A plain file of lines is split at every `shard_bytes`; a compressed one, a Parquet file, a text
-    that is one document and a pipe are read by one worker from their start to their end.
+    A plain file of lines is split into equal ranges of at most `shard_bytes`; a compressed one, a
+    Parquet file, a text that is one document and a pipe are read by one worker from their start to
+    their end.
     """
     return [_plan_file(number, file, settings, shard_bytes) for number, file in enumerate(inputs)]
 
@@ -99,10 +101,10 @@ def _plan_file(
     splits = by_line and file.is_local_file and file.size > shard_bytes
     if not splits or is_packed(file.path):
         return [Unit(number, file)]
-    starts = range(0, file.size, shard_bytes)
+    count = -(-file.size // shard_bytes)
+    ends = [file.size * shard // count for shard in range(count + 1)]
     return [
-        Unit(number, file, shard, start, min(start + shard_bytes, file.size))
-        for shard, start in enumerate(starts)
+        Unit(number, file, shard, start, stop) for shard, (start, stop) in enumerate(pairwise(ends))
     ]
 
 

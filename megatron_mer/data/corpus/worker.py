@@ -237,7 +237,8 @@ class _Building:
         tokens, lengths = flat.tokens, flat.lengths
         if self._settings.append_eod:
             tokens, lengths = self._with_ends(tokens, lengths)
-        size = len("".join(texts).encode())
+        # After the tokenizer, which leaves the UTF-8 form that is only copied here.
+        size = sum(len(text.encode()) for text in texts)
         self.writer.add(tokens.astype(self.writer.dtype, copy=False), lengths, size)
         for name, text, length in zip(languages, texts, lengths.tolist(), strict=False):
             self.writer.add_language(name, Counts(1, len(text.encode()), length))

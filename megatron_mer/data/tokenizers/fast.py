@@ -30,8 +30,9 @@ Engine = Literal["auto", "library", "gigatoken"]
 
 SCHEMES = {LLAMA3: "gpt4", CL100K: "gpt4", O200K: "o200k", R50K: "gpt2"}
 """gigatoken's names of the ways to split text."""
-FEW_CHARACTERS = 1 << 21
-"""Text up to which texts are encoded one by one: a batch imports awkward, half a second."""
+FEW_TEXTS = 50_000
+"""Texts that are encoded one by one, some microseconds each; a batch has to import awkward first,
+which takes as long as that many."""
 LIBRARIES = {"sentencepiece": "sentencepiece", "hf": "tokenizers", "tiktoken": "tiktoken"}
 
 
@@ -63,14 +64,14 @@ class GigatokenEncoder:
         else:
             raise ValueError(f"gigatoken does not know tokenizers of kind {tokenizer.kind}")
         self._backend: Any = model.backend
-        self._characters = 0
+        self._texts = 0
 
     def encode_flat(self, texts: Sequence[str], num_threads: int = 1) -> FlatIds:
         """Return the ids of many texts in one array; see `Encoder.encode_flat`."""
         if not texts:
             return FlatIds(np.empty(0, np.int32), np.empty(0, np.int64))
-        self._characters += sum(map(len, texts))
-        if self._characters < FEW_CHARACTERS:
+        self._texts += len(texts)
+        if self._texts <= FEW_TEXTS and num_threads == 1:
             return flatten(self._backend.encode(text) for text in texts)
         ids = self._backend.encode_batch(list(texts), parallel=num_threads > 1)
         offsets = np.asarray(ids.layout.offsets.data)
