@@ -65,11 +65,7 @@ def reshard(
         CheckpointError: the source is not whole, or the target cannot be written.
     """
     _check_sizes(tp_size, ranks)
-    if any(directory.glob("step_*")):
-        given = f"given {directory}, which holds a checkpoint already"
-        raise ConfigError([Problem("DEST", given, "a folder without one")])
-    if problem := damaged(source):
-        raise CheckpointError(f"the checkpoint is not whole: {problem}")
+    _check_places(source, directory)
     info = CheckpointInfo.read(source)
     model = info.run_state["settings"]["model"]
     _check_model(model, tp_size)
@@ -105,6 +101,14 @@ def _check_sizes(tp_size: int, ranks: int) -> None:
         problems.append(Problem("ranks", f"given {ranks}", f"a multiple of tp_size {tp_size}"))
     if problems:
         raise ConfigError(problems)
+
+
+def _check_places(source: Path, directory: Path) -> None:
+    if any(directory.glob("step_*")):
+        given = f"given {directory}, which holds a checkpoint already"
+        raise ConfigError([Problem("DEST", given, "a folder without one")])
+    if problem := damaged(source):
+        raise CheckpointError(f"the checkpoint is not whole: {problem}")
 
 
 def _check_model(model: Mapping[str, Any], tp_size: int) -> None:
