@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_mer.checkpoint.find import find_latest
 from megatron_mer.checkpoint.reshard import reshard
 from megatron_mer.command import run_tool
-from megatron_mer.engine.tensor_plan import cut_dim
+from megatron_mer.engine.tensor_plan import cut_dim, num_slices
 from megatron_mer.errors import ConfigError, Problem
 
 
@@ -63,7 +63,7 @@ def convert(options: argparse.Namespace) -> None:
     """Do what the command line says."""
     source = find_source(options.source)
     ranks = options.tp_size if options.ranks is None else options.ranks
-    final = reshard(source, options.dest, options.tp_size, ranks, cut_dim, show)
+    final = reshard(source, options.dest, options.tp_size, ranks, cut_dim, num_slices, show)
     print(f"{final}: tp_size {options.tp_size}, {ranks} ranks, from {source}")
 
 

@@ -26,6 +26,20 @@ def assert_same_curves(tiny, name, reference, tolerance):
         assert worst <= tolerance, f"{name}: {key} is {worst} off {reference}"
 
 
+def assert_same_reptile(tiny, name, reference):
+    moved, wanted = (
+        [line for line in tiny.lines(run) if "reptile_delta_norm" in line]
+        for run in (name, reference)
+    )
+    assert len(moved) == len(wanted) == 5
+    for mine, line in zip(moved, wanted, strict=True):
+        for key in ("reptile_delta_norm", "reptile_delta_cosine"):
+            if line[key] is None:
+                assert mine[key] is None
+            else:
+                assert mine[key] == pytest.approx(line[key], rel=1e-4), (name, key)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_layouts_train_the_same_model(tiny, tied):
     def change(config):
@@ -38,19 +52,39 @@ def test_layouts_train_the_same_model(tiny, tied):
     for name, (ranks, *options) in layouts.items():
         tiny.train(tiny.write(name, change), *options, world_size=ranks)
         assert_same_curves(tiny, name, "one", 1e-5)
-        moved = [line for line in tiny.lines(name) if "reptile_delta_norm" in line]
-        assert len(moved) == len(reptile) == 5
-        for mine, reference in zip(moved, reptile, strict=True):
-            for key in ("reptile_delta_norm", "reptile_delta_cosine"):
-                if reference[key] is None:
-                    assert mine[key] is None
-                else:
-                    assert mine[key] == pytest.approx(reference[key], rel=1e-4), (name, key)
+        assert_same_reptile(tiny, name, "one")
         losses = [line["losses"] for line in tiny.lines(name, "evaluations.jsonl")]
         wanted = [line["losses"] for line in tiny.lines("one", "evaluations.jsonl")]
         assert len(losses) == len(wanted) == 4
         for mine, reference in zip(losses, wanted, strict=True):
             assert mine == pytest.approx(reference, abs=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("ranks", "kv_heads", "options"),
+    [
+        (4, 2, ("--parallel.tp_size=4",)),
+        pytest.param(2, 1, ("--parallel.tp_size=2",), marks=pytest.mark.slow),
+        pytest.param(
+            8, 2, ("--parallel.tp_size=4", "--parallel.pp_size=2"), marks=pytest.mark.slow
+        ),
+        (4, 1, ("--parallel.tp_size=2", "--parallel.activation_checkpointing=full")),
+    ],
+    ids=["tp4", "tp2", "tp4_pp2", "tp2_dp2_ckpt"],
+)
+def test_repeated_heads_and_a_padded_vocabulary(tiny, ranks, kv_heads, options, tied):
+    """Fewer heads of keys and values than ranks, a vocabulary that the ranks do not divide."""
+
+    def change(config):
+        config["model"].update(tie_embeddings=tied, num_kv_heads=kv_heads, vocab_size=517)
+        config["model"].update(head_dim=12, rope_scaling={"kind": "linear", "factor": 2.0})
+        config["reptile"].update(momentum=0.5, nesterov=True)
+
+    tiny.train(tiny.write("one", change))
+    tiny.train(tiny.write("many", change), *options, world_size=ranks)
+    assert_same_curves(tiny, "many", "one", 1e-5)
+    assert_same_reptile(tiny, "many", "one")
 
 
 @pytest.mark.slow
