@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,11 @@ def test_documented_programs_exist_and_know_their_options(document: Path) -> Non
     assert wrong == []
 
 
+@cache
+def help_of(program: str, *command: str) -> str:
+    return run_python(program, *command, "--help").stdout
+
+
 def unknown_options(program: str, arguments: str) -> list[str]:
     """Each option among the arguments that the program's own help does not name."""
     if not (ROOT / program).is_file():
@@ -160,7 +166,7 @@ def unknown_options(program: str, arguments: str) -> list[str]:
     words = shlex.split(arguments)
     # The help of a program with commands names theirs only behind the command.
     commands = [words[:1]] if words and re.fullmatch(r"[a-z-]*[a-z]", words[0]) else []
-    helps = [run_python(program, *command, "--help").stdout for command in ([], *commands)]
+    helps = [help_of(program, *command) for command in ([], *commands)]
     known = set(re.findall(r"--[a-z][a-z-]*", "".join(helps)))
     given = {word.split("=")[0] for word in words if word.startswith("--")}
     return [f"{program} has no {option}" for option in sorted(given - known)]

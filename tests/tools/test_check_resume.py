@@ -64,6 +64,7 @@ def processes_of(folder):
     return found
 
 
+@pytest.mark.slow
 def test_one_rank_in_bf16_is_identical_and_leaves_nothing_behind(tiny):
     config = tiny.write("run")
     output = tiny.folder / "run"
@@ -229,6 +230,7 @@ def test_one_number_that_changed_before_the_resume_is_found(tiny, layout, found)
     assert judge(runs(work), 1e-6 if layout else None).lines == verdict.lines
 
 
+@pytest.mark.slow
 def test_data_that_changed_before_the_resume_are_found(tiny, corpus):
     for path in corpus.iterdir():
         shutil.copy(path, tiny.folder / path.name)

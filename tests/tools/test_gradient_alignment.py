@@ -56,7 +56,10 @@ def held_out_loss(folder, step, kind, samples=16):
 
 @pytest.mark.parametrize(
     ("ranks", "options"),
-    [(1, ()), (8, ("--parallel.tp_size=2", "--parallel.pp_size=2"))],
+    [
+        (1, ()),
+        pytest.param(8, ("--parallel.tp_size=2", "--parallel.pp_size=2"), marks=pytest.mark.slow),
+    ],
     ids=["one", "tp2_pp2_dp2"],
 )
 def test_the_weights_have_the_losses_that_the_run_logged(tiny, ranks, options):

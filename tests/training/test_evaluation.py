@@ -12,6 +12,7 @@ def losses(tiny, name, key="losses"):
     return [line.get(key) for line in tiny.lines(name, "evaluations.jsonl")]
 
 
+@pytest.mark.slow
 def test_training_is_the_same_to_the_bit_with_and_without_evaluation(tiny):
     def never(config):
         config.pop("evaluate")

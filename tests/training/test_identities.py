@@ -11,7 +11,7 @@ def curve(lines):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_epsilon_one_is_reptile_off(tiny, precision):
     options = (f"--precision={precision}", "--parallel.pp_size=2")
     tiny.train(tiny.write("off", lambda c: c.pop("reptile")), *options, world_size=2)
@@ -44,7 +44,7 @@ def test_alpha_zero_is_replay_off(tiny):
 @pytest.mark.parametrize(
     ("ranks", "rank", "options"),
     [
-        (4, 2, ("--precision=bf16", "--parallel.pp_size=2")),
+        pytest.param(4, 2, ("--precision=bf16", "--parallel.pp_size=2"), marks=pytest.mark.slow),
         (2, 1, ("--precision=fp32", "--parallel.tp_size=2")),
     ],
     ids=["bf16_pp2_dp2", "fp32_tp2"],

@@ -25,7 +25,11 @@ def pairs():
                 yield pytest.param(saved, loaded, marks=() if shown else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("extra", [("--reptile.momentum=0.5",), ()], ids=["momentum", "cosine"])
+@pytest.mark.parametrize(
+    "extra",
+    [("--reptile.momentum=0.5",), pytest.param((), marks=pytest.mark.slow)],
+    ids=["momentum", "cosine"],
+)
 @pytest.mark.parametrize(("saved", "loaded"), list(pairs()))
 def test_a_checkpoint_goes_on_at_another_layout(tiny, saved, loaded, extra):
     def change(config):

@@ -40,7 +40,9 @@ def assert_same_reptile(tiny, name, reference):
                 assert mine[key] == pytest.approx(line[key], rel=1e-4), (name, key)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"]
+)
 def test_layouts_train_the_same_model(tiny, tied):
     def change(config):
         config["model"]["tie_embeddings"] = tied
@@ -60,7 +62,9 @@ def test_layouts_train_the_same_model(tiny, tied):
             assert mine == pytest.approx(reference, abs=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"]
+)
 @pytest.mark.parametrize(
     ("ranks", "kv_heads", "options"),
     [

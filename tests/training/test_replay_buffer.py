@@ -71,7 +71,7 @@ def rows_by_batch(folder: Path) -> dict[int, list]:
     }
 
 
-@pytest.mark.parametrize(("ranks", "after"), [(2, 2), (1, 4)])
+@pytest.mark.parametrize(("ranks", "after"), [(2, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_killed_it_goes_on_to_the_bit_at_any_number_of_ranks(tiny, ranks, after):
     tiny.train(tiny.write("alone"), *BUFFER, world_size=ranks)
     config = tiny.write("killed")
@@ -98,6 +98,7 @@ def test_a_checkpoint_older_than_the_newest_finds_its_records(tiny):
     assert tiny.results("back") == tiny.results("alone")
 
 
+@pytest.mark.slow
 def test_a_lost_buffer_is_built_again_from_the_datasets(tiny):
     tiny.train(tiny.write("alone"), *BUFFER)
     config = tiny.write("lost")
@@ -140,6 +141,7 @@ def test_past_corpora_may_go(tiny):
     assert ledger["datasets"]["en"]["replayed"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_still_trained_on_may_not_go(tiny):
     own = moved_corpus(tiny)
     config = own.write("gone")
@@ -157,6 +159,7 @@ def test_what_is_still_trained_on_may_not_go(tiny):
     assert "needs samples of dataset 'en' that it does not hold yet" in said
 
 
+@pytest.mark.slow
 def test_segments_go_when_no_checkpoint_needs_them(tiny):
     options = (
         "--replay.source=buffer",
@@ -190,6 +193,7 @@ def test_a_folder_of_another_run_is_refused(tiny):
     assert sorted(path.name for path in aside.glob("*.rec")) == held
 
 
+@pytest.mark.slow
 def test_a_damaged_record_ends_the_run_with_its_place(tiny):
     config = tiny.write("run")
     kill(tiny, config, 15, *BUFFER)
@@ -245,7 +249,7 @@ def test_a_disk_that_falls_behind_only_makes_the_run_wait(tiny, rank, capacity, 
     assert records(tiny.folder / "slow") == records(tiny.folder / "alone")
 
 
-@pytest.mark.parametrize("policy", ["equal", "uniform"])
+@pytest.mark.parametrize("policy", ["equal", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_capacity_by_task_and_what_was_trained_before(tiny, policy):
     capacity = "--replay.capacity_samples={base: 9, fr: 12, de: 5}"
 
@@ -306,6 +310,7 @@ def test_a_buffer_that_a_kept_checkpoint_needs_is_not_removed(tiny):
     assert tiny.results("run") == tiny.results("alone")
 
 
+@pytest.mark.slow
 def test_a_copied_run_leaves_the_original_its_buffer(tiny):
     config = tiny.write("run")
     place = f"--replay.dir={tiny.folder}/rows"

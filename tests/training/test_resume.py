@@ -12,7 +12,7 @@ CASES = {
     "bf16_tp2": (2, ("--precision=bf16", "--parallel.tp_size=2")),
     "fp32_tp2": (2, ("--precision=fp32", "--parallel.tp_size=2")),
 }
-LONG = {"fp32_tp2"}
+LONG = {"fp32_tp2", "bf16_pp2_dp2"}
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,7 @@ def test_killed_in_mid_interval_and_task_resumes_to_the_bit(tiny, case):
     assert [line["step"] for line in evaluations] == [0, 7, 14, 20]
 
 
+@pytest.mark.slow
 def test_recomputing_activations_changes_no_bit(tiny):
     options = ("--precision=bf16", "--parallel.pp_size=2")
     tiny.train(tiny.write("kept"), *options, world_size=2)

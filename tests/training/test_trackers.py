@@ -222,6 +222,7 @@ def test_a_service_added_in_mid_run_gets_the_steps_before(tiny):
     assert [step for step, _ in losses] == list(range(1, 21))
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_trackers_change_no_bit(tiny):
     tiny.train(tiny.write("with", both))

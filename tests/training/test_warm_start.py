@@ -48,7 +48,12 @@ def state(root: Path, step: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("taken", "kind"), [("fast", "master"), ("anchor", "anchor"), ("fast_and_moments", "master")]
+    ("taken", "kind"),
+    [
+        ("anchor", "anchor"),
+        pytest.param("fast", "master", marks=pytest.mark.slow),
+        pytest.param("fast_and_moments", "master", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_taken_of_the_old_run(tiny, taken, kind):
     root = old(tiny)
@@ -114,6 +119,7 @@ def test_it_is_resumed_without_the_old_run_and_to_the_bit(tiny):
     assert "resuming after batch 4" in (tiny.folder / "killed/train.log").read_text()
 
 
+@pytest.mark.slow
 def test_any_layout_starts_from_any_other(tiny):
     root = old(tiny)
     new(tiny, "one", root)
@@ -145,6 +151,7 @@ def test_bad_starts_are_refused_before_anything_is_written(tiny):
     assert not (tiny.folder / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_the_old_checkpoint_is_told(tiny):
     root = old(tiny)
     path = root / "checkpoints/step_000000010/rank_00001.safetensors"
