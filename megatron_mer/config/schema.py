@@ -29,6 +29,9 @@ class ModelConfig:
 
     size: Text | None = None
     """A named shape (megatron_mer/config/sizes.py); dimensions given beside it override its own."""
+    from_hf: Text | None = None
+    """A local Hugging Face folder (config.json, *.safetensors) whose weights the run starts from.
+    Dimensions that are not given are its own; the tokenizer is its own, or one that extends it."""
     seq_length: Count
     """S, tokens of a row. A dataset of n tokens has (n - 1) // S samples."""
     hidden_size: Count
@@ -313,6 +316,9 @@ class CheckpointConfig:
     init_stream: Literal["ledger", "none"] = "ledger"
     """ledger: what that run was trained on stands before the stream as trained_before entries,
     unless the stream has such entries; none: it does not."""
+    export_hf: Flag = False
+    """At each task's end write the fast weights for Hugging Face as well, into output_dir/hf, in
+    the background."""
 
 
 @dataclass(frozen=True, kw_only=True)
