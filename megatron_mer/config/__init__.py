@@ -3,6 +3,7 @@
 from megatron_mer.config.checks import check_layout
 from megatron_mer.config.describe import describe
 from megatron_mer.config.load import load_config, resolve_vocab, to_yaml
+from megatron_mer.config.model_schema import ModelConfig, RopeScaling
 from megatron_mer.config.schedule_checks import check_segments
 from megatron_mer.config.schema import (
     BatchConfig,
@@ -11,7 +12,6 @@ from megatron_mer.config.schema import (
     DatasetConfig,
     EvaluateConfig,
     MetricsConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     ReplayConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "ParallelConfig",
     "ReplayConfig",
     "ReptileConfig",
+    "RopeScaling",
     "RunConfig",
     "ScheduleConfig",
     "ScheduleSegmentConfig",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 
 from megatron_mer.config.field_types import TOKENIZER_KINDS
+from megatron_mer.config.model_checks import heads, rope_scaling, tensor_split
 from megatron_mer.config.parse import NotParsedError, Partial, as_far_as_parsed
 from megatron_mer.config.replay_checks import replay_buffer, replay_weights
 from megatron_mer.config.schedule_checks import segments, unused_or_above_peak, warmup_too_long
@@ -40,7 +41,7 @@ def check_layout(config: RunConfig, world_size: int) -> list[Problem]:
     """Finds what keeps a configuration from running on a number of ranks.
 
     Args:
-        config: a loaded configuration; while `model.vocab_size` is None its split is not checked.
+        config: a loaded configuration.
         world_size: number of ranks.
 
     Returns:
@@ -48,7 +49,7 @@ def check_layout(config: RunConfig, world_size: int) -> list[Problem]:
         world_size / (tp_size * pp_size).
     """
     found: list[Problem] = []
-    for check in (_zero_stage, _tensor_split, _stages):
+    for check in (_zero_stage, tensor_split, _stages):
         found += check(config)
     tp_size, pp_size = config.parallel.tp_size, config.parallel.pp_size
     dp_size, left = divmod(world_size, tp_size * pp_size)
@@ -108,17 +109,6 @@ def _tokenizer(config: RunConfig) -> Problems:
         yield Problem("tokenizer", f"given {config.tokenizer!r}", allowed)
 
 
-def _heads(config: RunConfig) -> Problems:
-    hidden_size, num_heads = config.model.hidden_size, config.model.num_heads
-    if hidden_size % num_heads or (hidden_size // num_heads) % 2:
-        given = f"hidden_size {hidden_size} / num_heads {num_heads} = {hidden_size / num_heads:g}"
-        yield Problem("model.num_heads", given, "an even width of a head (rotary pairs)")
-    num_kv_heads = config.model.num_kv_heads
-    if num_heads % num_kv_heads:
-        given = f"{num_kv_heads} heads of keys and values for num_heads {num_heads}"
-        yield Problem("model.num_kv_heads", given, f"a divisor of {num_heads}")
-
-
 def _nesterov(config: RunConfig) -> Problems:
     if config.reptile is not None and config.reptile.nesterov and config.reptile.momentum == 0:
         allowed = "false, as reptile.momentum is 0"
@@ -144,20 +134,6 @@ def _zero_stage(config: RunConfig) -> Problems:
     elif stage >= 2:
         given = f"given {stage}, which shards gradients and does not work with pipeline stages"
         yield Problem("parallel.zero_stage", given, "1")
-
-
-def _tensor_split(config: RunConfig) -> Problems:
-    tp_size = config.parallel.tp_size
-    for key in ("num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"):
-        size = getattr(config.model, key)
-        if size is None or size % tp_size == 0:
-            continue
-        remedy = "change one of the two"
-        if key == "vocab_size":
-            padded = -(-size // tp_size) * tp_size
-            remedy = f"set model.vocab_size to {padded}: the rows above {size} stay unused"
-        given = f"{size} does not divide into parallel.tp_size {tp_size}"
-        yield Problem(f"model.{key}", given, f"a multiple of {tp_size}", remedy)
 
 
 def _stages(config: RunConfig) -> Problems:
@@ -324,9 +300,10 @@ def _train(entry: TaskConfig, path: str) -> Problems:
 
 _RUN_CHECKS: Final[tuple[Callable[[Any], Problems], ...]] = (
     _tokenizer,
-    _heads,
+    heads,
+    rope_scaling,
     _zero_stage,
-    _tensor_split,
+    tensor_split,
     _stages,
     _rows_of_one_rank,
     unused_or_above_peak,

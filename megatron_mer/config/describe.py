@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import textwrap
 import types
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from megatron_mer.config import field_types, schema
+from megatron_mer.config import field_types, model_schema, schema
 
 _NOUNS: Final = {
     int: "a whole number",
@@ -127,7 +128,7 @@ def _describe_section(section: type, path: str) -> Iterator[str]:
 
 
 def _default(section: type, field: Field[Any]) -> str:
-    if section is schema.ModelConfig and field.name.startswith(("hidden", "num_", "ffn")):
+    if section is model_schema.ModelConfig and field.name.startswith(("hidden", "num_", "ffn")):
         return " (default: by model.size)"
     if field.default is None or field.default == "":
         return ""
@@ -141,7 +142,8 @@ def _default(section: type, field: Field[Any]) -> str:
 def _meanings() -> dict[tuple[str, str], str]:
     """Reads the texts below the fields, which Python itself does not keep."""
     found = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
+    sources = (inspect.getsource(module) for module in (model_schema, schema))
+    for node in itertools.chain.from_iterable(ast.parse(source).body for source in sources):
         if not isinstance(node, ast.ClassDef):
             continue
         for field, text in zip(node.body, node.body[1:], strict=False):

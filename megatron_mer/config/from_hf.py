@@ -81,11 +81,9 @@ def _disagreements(
         if key in given and _plain(given[key]) != _plain(value):
             text = f"given {given[key]}, but {folder / CONFIG_JSON} says {value}"
             yield Problem(f"model.{key}", text, str(value), "leave it out")
-    width = keys["hidden_size"] // keys["num_heads"]
-    for key, default in (("rope_scaling", None), ("head_dim", width)):
-        if key not in keys and given.get(key) not in (None, default):
-            text = f"given {given[key]}, but {folder / CONFIG_JSON} has none"
-            yield Problem(f"model.{key}", text, str(default), "leave it out")
+    if "rope_scaling" not in keys and given.get("rope_scaling") is not None:
+        text = f"given {given['rope_scaling']}, but {folder / CONFIG_JSON} has none"
+        yield Problem("model.rope_scaling", text, "null", "leave it out")
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_mer.config.schema import ModelConfig
+from megatron_mer.config.model_schema import ModelConfig
 from megatron_mer.errors import ForeignCheckpointError, Problem
 
 CONFIG_JSON: Final = "config.json"
@@ -45,6 +45,8 @@ _ROPE_KEYS: Final = {
         "truncate",
     ),
 }
+
+_ROPE_NEEDED: Final = {"linear": ("factor",), "llama3": _ROPE_KEYS["llama3"], "yarn": ("factor",)}
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -92,14 +94,9 @@ def no_llama(values: Mapping[str, Any]) -> Iterator[Problem]:
     for theirs in _SIZES.values():
         if not _is_count(values.get(theirs)):
             yield Problem(theirs, f"{values.get(theirs)!r}", "a whole number >= 1")
-    # Dimensions that the schema of this version does not know yet would be ignored silently.
-    known = ModelConfig.__dataclass_fields__
-    if _is_count(values.get("hidden_size")) and _is_count(values.get("num_attention_heads")):
-        width = values["hidden_size"] // values["num_attention_heads"]
-        if "head_dim" not in known and values.get("head_dim") not in (None, width):
-            yield Problem("head_dim", f"{values['head_dim']}", f"{width}")
-    if "rope_scaling" not in known and _rope_kind(rope) in _ROPE_KEYS:
-        yield Problem("rope_scaling", f"rope_type {_rope_kind(rope)!r}", "default")
+    needed = _ROPE_NEEDED.get(_rope_kind(rope), ())
+    if lacking := [key for key in needed if rope.get(key) is None]:
+        yield Problem("rope_scaling", f"{_rope_kind(rope)} without {', '.join(lacking)}")
 
 
 def model_keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +106,7 @@ def model_keys(values: Mapping[str, Any]) -> dict[str, Any]:
         values: of which `no_llama` finds nothing.
 
     Returns:
-        All dimensions; `head_dim` and `rope_scaling` only where they are not the default.
+        All dimensions; `rope_scaling` only where there is one.
     """
     keys = {ours: values[theirs] for ours, theirs in _SIZES.items()}
     keys["num_kv_heads"] = values.get("num_key_value_heads") or keys["num_heads"]
@@ -118,9 +115,7 @@ def model_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     rope = _rope(values)
     base = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
     keys["rope_base"] = float(base)
-    width = values.get("head_dim")
-    if width and width != keys["hidden_size"] // keys["num_heads"]:
-        keys["head_dim"] = width
+    keys["head_dim"] = values.get("head_dim") or keys["hidden_size"] // keys["num_heads"]
     kind = _rope_kind(rope)
     if kind in _ROPE_KEYS:
         scaling = {key: rope[key] for key in _ROPE_KEYS[kind] if rope.get(key) is not None}
@@ -144,7 +139,7 @@ def config_json(model: ModelConfig, dtype: str, base: Mapping[str, Any]) -> dict
         "model_type": "llama",
         **{theirs: getattr(model, ours) for ours, theirs in _SIZES.items()},
         "num_key_value_heads": model.num_kv_heads,
-        "head_dim": getattr(model, "head_dim", None) or model.hidden_size // model.num_heads,
+        "head_dim": model.head_dim,
         "tie_word_embeddings": model.tie_embeddings,
         "rms_norm_eps": model.norm_eps,
         "hidden_act": "silu",
@@ -159,10 +154,9 @@ def config_json(model: ModelConfig, dtype: str, base: Mapping[str, Any]) -> dict
 
 
 def _scaling(model: ModelConfig) -> dict[str, Any] | None:
-    scaling = getattr(model, "rope_scaling", None)
-    if scaling is None:
+    if model.rope_scaling is None:
         return None
-    values = {key: value for key, value in asdict(scaling).items() if value is not None}
+    values = {key: v for key, v in asdict(model.rope_scaling).items() if v is not None}
     kind = values.pop("kind")
     return {"rope_type": kind, **{key: values[key] for key in _ROPE_KEYS[kind] if key in values}}
 
@@ -176,7 +170,10 @@ def _longest(model: ModelConfig) -> int:
 
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
     found = values.get("rope_parameters") or values.get("rope_scaling")
-    return found if isinstance(found, Mapping) else {}
+    if not isinstance(found, Mapping):
+        return {}
+    original = "original_max_position_embeddings"
+    return {original: values.get(original), **found}
 
 
 def _rope_kind(rope: Mapping[str, Any]) -> str:

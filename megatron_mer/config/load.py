@@ -10,8 +10,10 @@ from typing import Any, Final, cast
 
 from megatron_mer.config.checks import check_run
 from megatron_mer.config.from_hf import KEY, fill_from_hf
+from megatron_mer.config.model_schema import ModelConfig
 from megatron_mer.config.parse import parse_run, show, write_out
 from megatron_mer.config.schema import RunConfig
+from megatron_mer.config.sizes import SIZES
 from megatron_mer.config.yaml12 import Document, read_yaml, write_yaml
 from megatron_mer.errors import ConfigError, Problem
 
@@ -70,8 +72,10 @@ def to_yaml(config: RunConfig) -> str:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
+        # Null is spelled out where leaving the key out would mean what the size says.
+        by_size = SIZES.get(value.size or "", {}) if isinstance(value, ModelConfig) else {}
         pairs = ((field.name, getattr(value, field.name)) for field in fields(value))
-        return {name: _plain(item) for name, item in pairs if item is not None}
+        return {n: _plain(item) for n, item in pairs if item is not None or n in by_size}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value

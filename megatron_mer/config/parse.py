@@ -18,7 +18,8 @@ from megatron_mer.config.describe import (
     type_hints,
     without_none,
 )
-from megatron_mer.config.schema import ModelConfig, RunConfig
+from megatron_mer.config.model_schema import ModelConfig
+from megatron_mer.config.schema import RunConfig
 from megatron_mer.config.sizes import DIMENSIONS, SIZES, fill_size
 from megatron_mer.errors import Problem
 

@@ -1,5 +1,6 @@
 """Every key of a run's configuration: its name, type, range, default and meaning.
 
+Those of the model stand in `model_schema.py`.
 The classes are plain frozen dataclasses. Constructing one by hand checks nothing; `load_config`
 checks everything. The text below each field is what `--help` prints.
 """
@@ -21,39 +22,7 @@ from megatron_mer.config.field_types import (
     ShareBelowOne,
     Text,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Shape of the Llama: by `size`, by hand, or a size with some dimensions changed."""
-
-    size: Text | None = None
-    """A named shape (megatron_mer/config/sizes.py); dimensions given beside it override its own."""
-    from_hf: Text | None = None
-    """A local Hugging Face folder (config.json, *.safetensors) whose weights the run starts from.
-    Dimensions that are not given are its own; the tokenizer is its own, or one that extends it."""
-    seq_length: Count
-    """S, tokens of a row. A dataset of n tokens has (n - 1) // S samples."""
-    hidden_size: Count
-    """D, width of the residual stream."""
-    num_layers: Count
-    """Transformer blocks."""
-    num_heads: Count
-    """H, attention heads; hidden_size / num_heads has to be an even number (rotary pairs)."""
-    num_kv_heads: Count
-    """Hkv, heads of keys and values, a divisor of num_heads; by hand the default is num_heads."""
-    ffn_hidden_size: Count
-    """F, width of the gated SwiGLU feed-forward layer."""
-    vocab_size: Count | None = None
-    """V; default: the tokenizer's. A larger one leaves unused rows, so that tp_size divides it."""
-    tie_embeddings: Flag = False
-    """Share one weight between the input embedding and the output head."""
-    rope_base: Positive = 10000.0
-    """Base of the rotary position embedding."""
-    norm_eps: Positive = 1e-5
-    """Epsilon of RMSNorm."""
-    init_std: Positive = 0.02
-    """Standard deviation of the initial weights."""
+from megatron_mer.config.model_schema import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

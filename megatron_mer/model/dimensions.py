@@ -36,16 +36,18 @@ class Dimensions:
                 f"{', '.join(blank)}: no value; a positive integer is allowed; give it in the "
                 "configuration, or resolve it from model.size and the tokenizer first"
             )
-        hidden, heads, kv_heads = sizes["hidden_size"], sizes["num_heads"], sizes["num_kv_heads"]
-        if hidden % (2 * heads):
+        heads, kv_heads = sizes["num_heads"], sizes["num_kv_heads"]
+        head_dim = config.head_dim
+        if head_dim is None or head_dim % 2:
+            given = f"{head_dim}" if head_dim is not None else "no whole number"
             raise ConfigError(
-                f"model.hidden_size: {hidden} with model.num_heads {heads}; each head needs an "
-                "even number of channels, for rotary embeddings turn them in pairs; take a "
-                f"multiple of {2 * heads}"
+                f"model.head_dim: {given}, with model.hidden_size {config.hidden_size} and "
+                f"model.num_heads {heads}; rotary embeddings turn channels in pairs; give an even "
+                f"model.head_dim, or take a hidden_size that is a multiple of {2 * heads}"
             )
         if heads % kv_heads:
             raise ConfigError(
                 f"model.num_kv_heads: {kv_heads} with model.num_heads {heads}; each key-value head "
                 "serves equally many query heads; take a divisor of model.num_heads"
             )
-        return cls(head_dim=hidden // heads, **sizes)
+        return cls(head_dim=head_dim, **sizes)

@@ -10,7 +10,7 @@ def layer_costs(config: ModelConfig) -> list[float]:
     """Forward FLOPs a token of each layer that `build_layers` gives, in its order.
 
     A weight costs one multiplication and one addition; attention's scores and their product with
-    the values cost 2 S D each, with the causal half counted in full. This is the usual count
+    the values cost 2 S H Dh each, with the causal half counted in full. This is the usual count
     (Chowdhery et al. 2022, arXiv 2204.02311, appendix B; Narayanan et al. 2021, arXiv 2104.04473,
     appendix), with GQA's narrower keys and values and SwiGLU's third matrix. A training step costs
     three times as much, backward included.
@@ -23,9 +23,10 @@ def layer_costs(config: ModelConfig) -> list[float]:
     """
     dims = Dimensions.of(config)
     hidden = dims.hidden_size
-    attention_weights = 2 * hidden * hidden + 2 * hidden * dims.num_kv_heads * dims.head_dim
+    width, kv_width = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+    attention_weights = 2 * hidden * (width + kv_width)
     mlp_weights = 3 * hidden * dims.ffn_hidden_size
-    scores = 4 * config.seq_length * hidden
+    scores = 4 * config.seq_length * width
     norm = 4 * hidden  # square, sum, scale, weight
     block = 2 * (attention_weights + mlp_weights) + scores + 2 * norm
     head = 2 * hidden * dims.vocab_size

@@ -56,11 +56,12 @@ class Attention(nn.Module):
         dims = Dimensions.of(config)
         self.head_dim = dims.head_dim
         self.rope_base = config.rope_base
-        kv_width = dims.num_kv_heads * dims.head_dim
-        self.q_proj = nn.Linear(dims.hidden_size, dims.hidden_size, bias=False)
+        self.rope_scaling = config.rope_scaling
+        width, kv_width = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+        self.q_proj = nn.Linear(dims.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(dims.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(dims.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(dims.hidden_size, dims.hidden_size, bias=False)
+        self.o_proj = nn.Linear(width, dims.hidden_size, bias=False)
 
     def _heads(self, projected: Tensor) -> Tensor:
         # (B, S, H * Dh) -> (B, S, H, Dh); H is as wide as the projection at hand.
@@ -68,7 +69,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, S, D) to (B, S, D)."""
-        tables = rope_tables(x.size(1), self.head_dim, self.rope_base, x.device)
+        tables = rope_tables(x.size(1), self.head_dim, self.rope_base, x.device, self.rope_scaling)
         query = apply_rope(self._heads(self.q_proj(x)), tables).transpose(1, 2)
         key = apply_rope(self._heads(self.k_proj(x)), tables).transpose(1, 2)
         value = self._heads(self.v_proj(x)).transpose(1, 2)

@@ -7,10 +7,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from megatron_mer.config import RopeScaling
+from megatron_mer.model.rope_scaling import rope_frequencies
+
 
 @lru_cache(maxsize=16)
 def rope_tables(
-    seq_length: int, head_dim: int, base: float, device: torch.device
+    seq_length: int,
+    head_dim: int,
+    base: float,
+    device: torch.device,
+    scaling: RopeScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of every position's angles, made once and shared by all blocks.
 
@@ -22,16 +29,17 @@ def rope_tables(
         head_dim: channels of a head Dh, even.
         base: base of the geometric row of wavelengths.
         device: where the tables are kept.
+        scaling: how the wavelengths are changed for longer contexts; None: not at all.
 
     Returns:
         Two fp32 tensors (S, 1, Dh): [cos, cos] and [-sin, sin] along the channels.
     """
     # A table first made while evaluating must still serve training.
     with torch.inference_mode(False), torch.no_grad():
-        channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+        frequencies, factor = rope_frequencies(head_dim, base, scaling)
         positions = torch.arange(seq_length, dtype=torch.float32, device="cpu")
-        angles = positions[:, None, None] * (1.0 / base ** (channels / head_dim))
-        cos, sin = angles.cos(), angles.sin()
+        angles = positions[:, None, None] * frequencies
+        cos, sin = angles.cos() * factor, angles.sin() * factor
         cosines, signed_sines = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         return cosines.to(device), signed_sines.to(device)
 

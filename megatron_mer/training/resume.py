@@ -14,7 +14,7 @@ from megatron_mer.data.indexed_dataset import IndexedDataset
 from megatron_mer.errors import ConfigError, DataError, Problem
 from megatron_mer.optim.extension import horizon_on_resume, horizon_problems
 from megatron_mer.training.preflight import Prepared
-from megatron_mer.training.run_state import RunState
+from megatron_mer.training.run_state import RunState, saved_model
 
 _REMEDY = "undo the change, or begin anew with --fresh"
 
@@ -190,10 +190,11 @@ def incomparable(prepared: Prepared, saved: Mapping[str, Any]) -> list[str]:
 
 def _fixed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     """What belongs to the weights: model, tokenizer, precision, loss, data."""
+    old = saved_model(was)
     for key, value in now["model"].items():
         # The plan's comparison names another seq_length.
-        if key not in ("size", "seq_length") and was["model"].get(key) != value:
-            given = f"given {value}, but the run began with {was['model'].get(key)}"
+        if key not in ("size", "seq_length") and old.get(key) != value:
+            given = f"given {value}, but the run began with {old.get(key)}"
             yield Problem(f"model.{key}", given, remedy=_REMEDY)
     if was.get("init") != now["init"]:
         given = f"given {now['init']}, but the run began with {was.get('init')}"

@@ -11,6 +11,17 @@ from megatron_mer.errors import CheckpointError
 FORMAT_VERSION = 1
 
 
+def saved_model(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's section as a checkpoint keeps it, with the keys that it had no name for yet.
+
+    Args:
+        settings: what the run state keeps of the configuration.
+    """
+    model = settings["model"]
+    heads_fill_the_width = model["hidden_size"] // model["num_heads"]
+    return {"head_dim": heads_fill_the_width, "rope_scaling": None, **model}
+
+
 @dataclass
 class RunState:
     """Two counters, never DeepSpeed's, and what else a resumed run needs.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_mer.continual.plan import Plan
 from megatron_mer.errors import CheckpointError, ConfigError, Problem
 from megatron_mer.log import get_logger
 from megatron_mer.training.outputs import RunDirectory
-from megatron_mer.training.run_state import RunState
+from megatron_mer.training.run_state import RunState, saved_model
 
 logger = get_logger(__name__)
 
@@ -32,11 +32,12 @@ _SHAPES = (
     "num_layers",
     "num_heads",
     "num_kv_heads",
+    "head_dim",
     "ffn_hidden_size",
     "vocab_size",
     "tie_embeddings",
 )
-_MEANINGS = ("rope_base", "norm_eps")
+_MEANINGS = ("rope_base", "rope_scaling", "norm_eps")
 
 
 @dataclass(frozen=True)
@@ -212,16 +213,15 @@ def warm_start_problems(config: RunConfig, fingerprint: str, fresh: bool) -> Ite
         return
     old = old_run(text)
     was = old.run_state["settings"]
+    model, old_model = asdict(config.model), saved_model(was)
     for key in _SHAPES:
-        value = getattr(config.model, key)
-        if was["model"].get(key) != value:
-            given = f"given {value}, but {text} has weights for {was['model'].get(key)}"
-            yield Problem(f"model.{key}", given, str(was["model"].get(key)))
+        if old_model.get(key) != model[key]:
+            given = f"given {model[key]}, but {text} has weights for {old_model.get(key)}"
+            yield Problem(f"model.{key}", given, str(old_model.get(key)))
     for key in _MEANINGS:
-        value = getattr(config.model, key)
-        if was["model"].get(key) != value:
+        if old_model.get(key) != model[key]:
             words = "model.%s was %s in %s, is %s from here on"
-            logger.warning(words, key, was["model"].get(key), text, value)
+            logger.warning(words, key, old_model.get(key), text, model[key])
     if was["tokenizer"] != fingerprint:
         given = f"its model has SHA-256 {fingerprint[:16]}..., {text} was trained with one of "
         given += f"{was['tokenizer'][:16]}...: its weights know other tokens"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mer.config import check_layout, load_config
+from megatron_mer.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -40,24 +41,31 @@ def test_rows_and_data_parallel_ranks(base: Path) -> None:
 def test_all_problems_together(base: Path) -> None:
     from dataclasses import replace
 
-    config = load_config(base, ["--model.vocab_size=4097"])
+    config = load_config(base)
     config = replace(config, parallel=replace(config.parallel, tp_size=3, pp_size=5, zero_stage=3))
     paths = [problem.path for problem in check_layout(config, 16)]
     assert paths == [
         "parallel.zero_stage",
         "model.num_heads",
         "model.num_kv_heads",
-        "model.vocab_size",
         "parallel.pp_size",
         "parallel",
     ]
 
 
-def test_a_vocabulary_that_does_not_split_is_told_the_next_that_does(base: Path) -> None:
-    from megatron_mer.config import resolve_vocab
-
-    config = load_config(base, ["--parallel.tp_size=2"])
+def test_any_vocabulary_works(base: Path) -> None:
+    config = load_config(base, ["--parallel.tp_size=2", "--model.vocab_size=4097"])
     assert check_layout(config, 2) == []
-    (problem,) = check_layout(resolve_vocab(config, 4097), 2)
-    assert "4097 does not divide into parallel.tp_size 2" in str(problem)
-    assert "set model.vocab_size to 4098" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "fits"), [(12, True), (6, True), (3, True), (2, True), (4, False)]
+)
+def test_heads_of_keys_and_values_over_tensor_ranks(base: Path, kv_heads: int, fits: bool) -> None:
+    overrides = [f"--model.num_kv_heads={kv_heads}", "--parallel.tp_size=6"]
+    shape = "{size: llama-1m, seq_length: 64, hidden_size: 192, num_heads: 12}"
+    if fits:
+        assert check_layout(load_config(base, ["--model", shape, *overrides]), 6) == []
+        return
+    with pytest.raises(ConfigError, match="allowed: a multiple or a divisor of 6"):
+        load_config(base, ["--model", shape, *overrides])

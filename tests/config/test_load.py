@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron_mer.config import (
     DatasetConfig,
     ModelConfig,
+    RopeScaling,
     load_config,
     model_of_size,
     resolve_vocab,
@@ -58,6 +59,54 @@ def test_a_model_by_hand(base: Path) -> None:
         ffn_hidden_size=24,
     )
     assert load_config(base, ["--model", by_hand]).model == expected
+
+
+def test_heads_fill_the_width_unless_their_own_is_given(base: Path) -> None:
+    assert load_config(base).model.head_dim == 32
+    model = load_config(base, ["--model.head_dim=48"]).model
+    assert (model.hidden_size, model.num_heads, model.head_dim) == (128, 4, 48)
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters", "head_dim"),
+    [
+        ("llama-6b", 5.7e9, 128),
+        ("llama3-1b", 1.236e9, 64),
+        ("llama3-3b", 3.213e9, 128),
+        ("llama3-8b", 8.030e9, 128),
+        ("llama3-70b", 70.554e9, 128),
+    ],
+)
+def test_large_sizes_have_the_parameters_of_their_names(
+    size: str, parameters: float, head_dim: int
+) -> None:
+    """Counted as Meta does; METHOD's 5.7B with a vocabulary of about 50,000."""
+    model = model_of_size(size, seq_length=8)
+    vocabulary = 50304 if size == "llama-6b" else 128256
+    hidden, heads = model.hidden_size, model.num_heads + model.num_kv_heads
+    block = 2 * hidden * heads * head_dim + 3 * hidden * model.ffn_hidden_size + 2 * hidden
+    tables = vocabulary * hidden * (1 if model.tie_embeddings else 2)
+    assert model.head_dim == head_dim
+    assert model.num_layers * block + hidden + tables == pytest.approx(parameters, rel=1e-3)
+
+
+def test_llama3_brings_its_angles_and_null_takes_them_away(base: Path) -> None:
+    expected = RopeScaling(
+        kind="llama3",
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+    section = "{size: llama3-1b, seq_length: 64}"
+    config = load_config(base, ["--model", section])
+    assert config.model == model_of_size("llama3-1b", seq_length=64)
+    assert (config.model.rope_base, config.model.rope_scaling) == (500000.0, expected)
+    for overrides in ([], ["--model.rope_scaling", "null"]):
+        config = load_config(base, ["--model", section, *overrides])
+        assert (config.model.rope_scaling is None) == bool(overrides)
+        base.write_text(to_yaml(config))
+        assert load_config(base).model == config.model
 
 
 @pytest.mark.parametrize("alpha", ["0.29", "0.1", "0", "0.25", "0.999999999", "29e-2"])

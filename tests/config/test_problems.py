@@ -12,6 +12,8 @@ from megatron_mer.errors import ConfigError
 
 Refused = Callable[..., list[str]]
 
+YARN = "--model.rope_scaling={kind: yarn, factor: 2, original_max_position_embeddings: 8"
+
 SINGLE = [
     # One override each -> what the one line that it causes has to begin with or hold.
     ("--optimizer.lrr=1", "optimizer.lrr: no such key", "did you mean lr?"),
@@ -29,6 +31,42 @@ SINGLE = [
     ("--model.seq_length=0", "model.seq_length: given 0", ">= 1"),
     ("--model.num_heads=3", "model.num_heads: hidden_size 128 / num_heads 3", "even"),
     ("--model.num_kv_heads=3", "model.num_kv_heads: 3 heads", "a divisor of 4"),
+    ("--model.head_dim=31", "model.head_dim: given 31", "an even number"),
+    ("--model.rope_scaling=2", "model.rope_scaling: given 2", "a section with the keys kind"),
+    ("--model.rope_scaling={factor: 2}", "model.rope_scaling.kind: missing", "llama3 | yarn"),
+    (
+        "--model.rope_scaling={kind: dynamic, factor: 2}",
+        "model.rope_scaling.kind: given 'dynamic'",
+        "linear | llama3 | yarn",
+    ),
+    (
+        "--model.rope_scaling={kind: linear, factor: 0.5}",
+        "model.rope_scaling.factor: given 0.5",
+        "1 or above",
+    ),
+    (
+        "--model.rope_scaling={kind: linear, factor: 2, beta_fast: 9}",
+        "model.rope_scaling.beta_fast: given 9",
+        "linear has no use for",
+    ),
+    (
+        "--model.rope_scaling={kind: yarn, factor: 2}",
+        "model.rope_scaling.original_max_position_embeddings: missing",
+        "for yarn",
+    ),
+    (YARN + ", mscale: 1}", "model.rope_scaling.mscale: given 1", "both mscale and"),
+    (
+        YARN + ", mscale: 1, mscale_all_dim: 1, attention_factor: 1}",
+        "model.rope_scaling.mscale: given 1",
+        "remove one of them",
+    ),
+    (YARN + ", beta_fast: 1}", "model.rope_scaling.beta_fast: 1 with beta_slow 1", "above 1"),
+    (
+        "--model.rope_scaling={kind: llama3, factor: 2, original_max_position_embeddings: 8, "
+        "low_freq_factor: 4, high_freq_factor: 1}",
+        "model.rope_scaling.high_freq_factor: given 1",
+        "above 4",
+    ),
     ("--model.tie_embeddings=1", "model.tie_embeddings: given 1", "true or false"),
     ("--optimizer.lr=0", "optimizer.lr: given 0", "> 0"),
     ("--optimizer.lr=.nan", "optimizer.lr: given NaN", "a number > 0"),

@@ -1,10 +1,12 @@
 """The model against transformers.LlamaForCausalLM, and what its layers promise."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from torch.nn import functional
 
-from megatron_mer.config import ModelConfig
+from megatron_mer.config import ModelConfig, RopeScaling
 from megatron_mer.errors import ConfigError
 from megatron_mer.model import Llama, build_layers, layer_costs
 
@@ -43,6 +45,13 @@ def transformers_name(name):
     return name
 
 
+def rope_parameters(config):
+    """What transformers calls rope_base and rope_scaling."""
+    scaling = {"kind": "default"} if config.rope_scaling is None else asdict(config.rope_scaling)
+    given = {key: value for key, value in scaling.items() if value is not None}
+    return {"rope_theta": config.rope_base, "rope_type": given.pop("kind"), **given}
+
+
 def transformers_twin(config, model):
     transformers = pytest.importorskip("transformers")
     twin = transformers.LlamaForCausalLM(
@@ -55,7 +64,8 @@ def transformers_twin(config, model):
             num_key_value_heads=config.num_kv_heads,
             max_position_embeddings=config.seq_length,
             rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+            head_dim=config.head_dim,
+            rope_parameters=rope_parameters(config),
             tie_word_embeddings=config.tie_embeddings,
         )
     )
@@ -66,10 +76,35 @@ def transformers_twin(config, model):
     return twin
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("kv_heads", "rope_base"), [(4, 10000.0), (2, 10000.0), (1, 500000.0)])
-def test_equals_transformers(kv_heads, rope_base, tied):
-    config = model_config(num_kv_heads=kv_heads, rope_base=rope_base, tie_embeddings=tied)
+# A context of 8 tokens that 24 tokens go beyond, so that each scaling shows.
+LINEAR = RopeScaling(kind="linear", factor=4.0)
+LLAMA31 = RopeScaling(
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8,
+)
+YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=8)
+YARN_MSCALE = replace(YARN, mscale=2.0, mscale_all_dim=0.5, beta_fast=4.0, truncate=False)
+MODELS = {
+    "llama2": {"num_kv_heads": 4},
+    "gqa": {"num_kv_heads": 2},
+    "mqa": {"num_kv_heads": 1, "rope_base": 500000.0},
+    "llama31": {"rope_base": 500000.0, "rope_scaling": LLAMA31},
+    "linear": {"rope_scaling": LINEAR},
+    "yarn": {"rope_scaling": YARN},
+    "yarn_mscale": {"rope_scaling": YARN_MSCALE},
+    "wide_heads": {"head_dim": 14, "rope_scaling": LLAMA31},
+    "narrow_heads": {"head_dim": 6, "num_kv_heads": 1, "rope_scaling": YARN},
+    "narrow_mha": {"head_dim": 4, "num_kv_heads": 4, "norm_eps": 1e-6},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_equals_transformers(changes, tied):
+    config = model_config(tie_embeddings=tied, **changes)
     model = Llama(config, seed=3)
     with torch.no_grad():
         for parameter in model.parameters():  # every term shows, the norm weights too
@@ -156,15 +191,16 @@ def test_evaluating_first_leaves_training_possible():
     assert model.embedding.weight.grad is not None
 
 
-def test_costs_are_flops_of_the_matrix_products():
-    config = model_config(tie_embeddings=True)
+@pytest.mark.parametrize("head_dim", [None, 12])
+def test_costs_are_flops_of_the_matrix_products(head_dim):
+    config = model_config(tie_embeddings=True, head_dim=head_dim)
     costs = layer_costs(config)
     assert costs[0] == 0.0
     weights = (
         sum(parameter.numel() for _, parameter in build_layers(config)[1][1]().named_parameters())
         - 2 * config.hidden_size
     )
-    scores = 2 * 2 * config.seq_length * config.hidden_size
+    scores = 2 * 2 * config.seq_length * config.num_heads * (head_dim or 8)
     assert costs[1] == costs[2] == 2 * weights + scores + 8 * config.hidden_size
     assert costs[-1] == 2 * config.hidden_size * config.vocab_size
 
@@ -173,7 +209,8 @@ def test_costs_are_flops_of_the_matrix_products():
     ("changes", "words"),
     [
         ({"vocab_size": None}, ["model.vocab_size"]),
-        ({"num_heads": 5}, ["32", "5", "multiple of 10"]),
+        ({"num_heads": 5}, ["32", "5", "multiple of 10", "even model.head_dim"]),
+        ({"head_dim": 7}, ["7", "even model.head_dim"]),
         ({"num_kv_heads": 3}, ["3", "4", "divisor"]),
     ],
 )

@@ -1,9 +1,14 @@
 """Rotary embeddings turn by position, exactly, in every dtype."""
 
+from dataclasses import asdict, replace
+
+import pytest
 import torch
 
-from megatron_mer.config import ModelConfig
+from megatron_mer.config import ModelConfig, RopeScaling
+from megatron_mer.errors import ConfigError
 from megatron_mer.model import Llama, apply_rope, rope_tables
+from megatron_mer.model.rope_scaling import rope_frequencies
 
 CPU = torch.device("cpu")
 
@@ -34,6 +39,59 @@ def test_bf16_is_rounded_once():
     assert torch.equal(apply_rope(x, tables), apply_rope(x.float(), tables).bfloat16())
     exact = 599 * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     torch.testing.assert_close(tables[0][599, 0, :4].double(), exact.cos(), rtol=0, atol=1e-4)
+
+
+SCALINGS = {
+    "linear": RopeScaling(kind="linear", factor=3.0),
+    "llama31": RopeScaling(
+        kind="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+    "yarn": RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=4096),
+    "yarn_all": RopeScaling(
+        kind="yarn",
+        factor=40.0,
+        original_max_position_embeddings=4096,
+        beta_fast=16.0,
+        beta_slow=2.0,
+        mscale=1.0,
+        mscale_all_dim=0.707,
+        truncate=False,
+    ),
+    "yarn_given": RopeScaling(
+        kind="yarn", factor=1.0, original_max_position_embeddings=7, attention_factor=1.3
+    ),
+}
+
+
+@pytest.mark.parametrize("head_dim", [6, 64, 128])
+@pytest.mark.parametrize("base", [10000.0, 500000.0])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_scaled_frequencies_are_those_of_transformers_to_the_bit(scaling, base, head_dim):
+    transformers = pytest.importorskip("transformers")
+    functions = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS
+    given = {key: value for key, value in asdict(scaling).items() if value is not None}
+    kind = given.pop("kind")
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=65536,
+        rope_parameters={"rope_type": kind, "rope_theta": base, **given},
+    )
+    wanted, factor = functions[kind](config, CPU)
+    frequencies, ours = rope_frequencies(head_dim, base, scaling)
+    assert torch.equal(frequencies, wanted)
+    assert ours == factor
+    assert not torch.equal(frequencies, rope_frequencies(head_dim, base, None)[0]) or ours != 1.0
+
+
+def test_a_number_that_is_missing_is_named():
+    with pytest.raises(ConfigError, match="low_freq_factor"):
+        rope_frequencies(8, 1e4, replace(SCALINGS["llama31"], low_freq_factor=None))
 
 
 def test_casting_a_model_finds_no_tables_to_cast():

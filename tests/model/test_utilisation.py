@@ -1,5 +1,7 @@
 """The arithmetic behind the utilisation, against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_mer.config import ModelConfig
@@ -25,6 +27,17 @@ def test_a_small_model_by_hand():
     # Scores and values: 2 matrices of 2 x 8 FLOPs a pair, half of 16 pairs, three times for the
     # backward pass, 2 layers.
     assert flops_per_token(dimensions, 16) == 6 * weights + 3 * 2 * (2 * 2 * 8 * 16 // 2)
+
+
+def test_wide_heads_by_hand():
+    config = replace(CONFIG, head_dim=6)
+    dimensions = Dimensions.of(config)
+    # q and o: 8 x 24; k and v: 8 x 12.
+    weights = 2 * (2 * 192 + 2 * 96 + 3 * 192) + 800
+    assert matmul_parameters(dimensions) == weights == 3104
+    assert flops_per_token(dimensions, 16) == 6 * weights + 3 * 2 * (2 * 2 * 24 * 16 // 2)
+    blocks = 2 * (2 * (2 * 192 + 2 * 96 + 3 * 192) + 4 * 16 * 24 + 2 * 4 * 8)
+    assert sum(layer_costs(config)) == blocks + 4 * 8 + 2 * 800
 
 
 def test_it_is_three_times_the_forward_cost_but_for_norms_and_the_causal_half():

@@ -25,6 +25,7 @@ from megatron_mer.checkpoint.load import CheckpointReader
 from megatron_mer.checkpoint.save import commit, write_manifest, write_rank
 from megatron_mer.config import ModelConfig
 from megatron_mer.config.huggingface import CONFIG_JSON, config_json
+from megatron_mer.config.model_schema import RopeScaling
 from megatron_mer.errors import CheckpointError, ConfigError, Problem
 
 KEPT = "from_hf"
@@ -199,4 +200,7 @@ def _kept(checkpoint: Path, name: str) -> dict[str, Any] | None:
 def model_of(values: Mapping[str, Any]) -> ModelConfig:
     """The model section that a run state keeps."""
     known = ModelConfig.__dataclass_fields__
-    return ModelConfig(**{key: value for key, value in values.items() if key in known})
+    kept = {key: value for key, value in values.items() if key in known}
+    if isinstance(scaling := kept.get("rope_scaling"), Mapping):
+        kept["rope_scaling"] = RopeScaling(**scaling)
+    return ModelConfig(**kept)

@@ -73,7 +73,7 @@ def canonical_shapes(keys: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
             "num_layers",
         )
     )  # fmt: skip
-    head = int(str(keys.get("head_dim") or width // heads))
+    head = int(str(keys["head_dim"]))
     block = {
         "input_norm.weight": (width,),
         "attention.q_proj.weight": (heads * head, width),
