@@ -6,6 +6,7 @@ run that has begun does not look at it any more.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,9 +19,12 @@ from megatron_mer.errors import ConfigError, ForeignCheckpointError, Problem
 from megatron_mer.log import get_logger
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.run_state import RunState
+from megatron_mer.training.warm_start import old_run
 
 if TYPE_CHECKING:
     from megatron_mer.checkpoint.huggingface import HuggingFaceFolder, NewRows
+    from megatron_mer.engine.training_engine import TrainingEngine
+    from megatron_mer.training.preflight import Prepared
 
 logger = get_logger(__name__)
 
@@ -110,14 +114,44 @@ def rows_for(folder: HuggingFaceFolder, tokenizer: Tokenizer) -> NewRows:
     return NewRows.none(folder.rows)
 
 
-def keep_folder(config: RunConfig, root: Path, tokenizer: Tokenizer) -> None:
-    """Keep in a run's directory what an export will need of the folder; for rank 0."""
+def begin_with_folder(engine: TrainingEngine, prepared: Prepared, rank: int) -> None:
+    """Give the masters the folder's weights; each rank reads its own slices only. Collective.
+
+    Raises:
+        ConfigError: the folder is not as it was a moment ago.
+        CheckpointError: on all ranks; a tensor cannot be read, or a tied head is another weight.
+    """
+    from megatron_mer.checkpoint.huggingface import HuggingFaceReader
+    from megatron_mer.training.rank_0 import from_rank_0
+
+    folder, vocabulary = open_folder(prepared.config, prepared.tokenizer)
+    reader = HuggingFaceReader(folder, vocabulary)
+    from_rank_0(rank, reader.check_tied)
+    engine.start_from(reader, "master", 0)
+    if rank == 0:
+        new = f", with {len(vocabulary.sources)} new rows" if vocabulary.sources else ""
+        logger.info("starting with the weights of %s%s", folder.path, new)
+
+
+def keep_folder(prepared: Prepared, root: Path) -> None:
+    """Keep in a run's directory what an export will need of where it began; for rank 0.
+
+    Args:
+        prepared: the run.
+        root: its directory.
+    """
     from megatron_mer.checkpoint.huggingface import KEPT, TokenizerFiles, keep_files
 
-    folder, _ = open_folder(config, tokenizer)
-    own = TokenizerFiles.inside(folder.path)
-    same = rows_for(folder, tokenizer).sources == {} and own.copied
-    keep_files(folder, root / KEPT, own if same else TokenizerFiles.of(config.tokenizer))
+    config = prepared.config
+    if config.checkpoint.init_from is not None:
+        kept = old_run(config.checkpoint.init_from).root / KEPT
+        if kept.is_dir():
+            shutil.copytree(kept, root / KEPT, dirs_exist_ok=True)
+    elif config.model.from_hf is not None:
+        folder, vocabulary = open_folder(config, prepared.tokenizer)
+        own = TokenizerFiles.inside(folder.path)
+        same = not vocabulary.sources and own.copied
+        keep_files(folder, root / KEPT, own if same else TokenizerFiles.of(config.tokenizer))
 
 
 def imported_state(model: ModelConfig, fingerprint: str, source: Path) -> dict[str, Any]:

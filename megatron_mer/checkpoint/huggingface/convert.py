@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,7 @@ class Exported:
         tokenizer: TokenizerFiles | None,
         eod_id: int | None = None,
         shard_bytes: int = SHARD_BYTES,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Write the folder.
 
@@ -167,8 +168,10 @@ class Exported:
             tokenizer: its files; None: the folder gets none.
             eod_id: id that ends a text, where the run began with no folder that knows it.
             shard_bytes: largest file.
+            stop: asked before each tensor; when true, the write ends.
 
         Raises:
+            WriteStopped: it was to end.
             OSError: it cannot be written.
         """
         base = {key: value for key, value in self.base.items() if value is not None}
@@ -178,8 +181,9 @@ class Exported:
             generation = {"eos_token_id": eod_id}
         config = config_json(self.model, self.dtype, base)
         write_folder(
-            target, self.shapes, self.read, self.dtype, config, generation, tokenizer, shard_bytes
-        )
+            target, self.shapes, self.read, self.dtype, config, generation, tokenizer,
+            shard_bytes, stop,
+        )  # fmt: skip
 
 
 def kept_tokenizer(checkpoint: Path) -> TokenizerFiles | None:

@@ -25,6 +25,7 @@ from megatron_mer.checkpoint.huggingface.folder import DTYPES, INDEX, SINGLE
 from megatron_mer.checkpoint.huggingface.names import Shapes, hf_name
 from megatron_mer.checkpoint.huggingface.tokenizer_files import TokenizerFiles
 from megatron_mer.checkpoint.layout import REPLACED, TEMPORARY
+from megatron_mer.checkpoint.save import WriteStopped
 from megatron_mer.config.huggingface import CONFIG_JSON
 
 GENERATION = "generation_config.json"
@@ -43,6 +44,7 @@ def write_folder(
     generation: Mapping[str, Any] | None,
     tokenizer: TokenizerFiles | None,
     shard_bytes: int = SHARD_BYTES,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Write a folder and then give it its name; one that is there is replaced.
 
@@ -55,15 +57,23 @@ def write_folder(
         generation: generation_config.json; None: none.
         tokenizer: its files; None: none.
         shard_bytes: largest file, in bytes of tensors.
+        stop: asked before each tensor; when true, the write ends.
 
     Raises:
+        WriteStopped: it was to end.
         OSError: the disk is full, or the like; nothing new is there then.
     """
     temporary = target.with_name(target.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+
+    def read_unless_stopped(name: str) -> torch.Tensor:
+        if stop():
+            raise WriteStopped
+        return read(name)
+
     try:
-        _write_weights(temporary, shapes, read, dtype, shard_bytes)
+        _write_weights(temporary, shapes, read_unless_stopped, dtype, shard_bytes)
         write_json(temporary / CONFIG_JSON, dict(config))
         if generation is not None:
             write_json(temporary / GENERATION, dict(generation))
