@@ -29,6 +29,18 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
+def refuse_two_starts(config: RunConfig) -> None:
+    """Make sure that the weights come from one place.
+
+    Raises:
+        ConfigError: a folder and a run are given.
+    """
+    if config.model.from_hf is not None and config.checkpoint.init_from is not None:
+        given = f"given {config.model.from_hf}, and checkpoint.init_from "
+        given += f"{config.checkpoint.init_from}: the weights can come from one place only"
+        raise ConfigError([Problem(KEY, given, remedy="remove one of the two")])
+
+
 def begins_with_folder(config: RunConfig, fresh: bool) -> bool:
     """Whether the weights come from a folder now: a run that has begun has its own."""
     begun = not fresh and RunDirectory(config.output_dir).has_checkpoint()
@@ -45,7 +57,7 @@ def with_foreign_rows(config: RunConfig, tokenizer: Tokenizer, fresh: bool) -> R
 
     Raises:
         ConfigError: the folder is not there, is no whole Llama, or the tokenizer is of another
-            vocabulary; or the weights are to come from two places.
+            vocabulary.
     """
     if config.model.from_hf is None:
         return config
@@ -54,10 +66,6 @@ def with_foreign_rows(config: RunConfig, tokenizer: Tokenizer, fresh: bool) -> R
             return config
         began = load_config(RunDirectory(config.output_dir).root / "config.yaml").model.vocab_size
         return replace(config, model=replace(config.model, vocab_size=began))
-    if config.checkpoint.init_from is not None:
-        given = f"given {config.model.from_hf}, and checkpoint.init_from "
-        given += f"{config.checkpoint.init_from}: the weights can come from one place only"
-        raise ConfigError([Problem(KEY, given, remedy="remove one of the two")])
     folder, vocabulary = open_folder(config, tokenizer)
     given_rows = config.model.vocab_size
     if given_rows is not None and given_rows != vocabulary.rows:

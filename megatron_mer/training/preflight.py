@@ -20,7 +20,7 @@ from megatron_mer.errors import ConfigError, DataError, Problem
 from megatron_mer.log import get_logger
 from megatron_mer.optim.schedule import check_schedule
 from megatron_mer.training.copy_target import copy_target_problems
-from megatron_mer.training.from_hf import with_foreign_rows
+from megatron_mer.training.from_hf import refuse_two_starts, with_foreign_rows
 from megatron_mer.training.gone_datasets import GoneDataset, is_gone, known_datasets
 from megatron_mer.training.learning_rate import check_tasks
 from megatron_mer.training.outputs import RunDirectory
@@ -62,6 +62,7 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
             that was changed on the way asks for other samples than one that begins now.
     """
     problems: list[Problem] = []
+    refuse_two_starts(config)
     config = with_old_stream(config, fresh)
     tokenizer = _collect(problems, "tokenizer", lambda: load_tokenizer(config.tokenizer))
     if tokenizer is not None:
