@@ -46,7 +46,7 @@ from megatron_mer.checkpoint.reshard import reshard
 from megatron_mer.command import run_tool
 from megatron_mer.config import load_config
 from megatron_mer.data.tokenizers import load_tokenizer
-from megatron_mer.engine.tensor_plan import cut_dim
+from megatron_mer.engine.tensor_plan import cut_dim, num_slices
 from megatron_mer.errors import CheckpointError, ConfigError, MegatronMerError, Problem
 from megatron_mer.log import setup_logging
 from megatron_mer.training.from_hf import foreign_model, imported_state, rows_for, tokenizer_of
@@ -142,7 +142,7 @@ def convert(options: argparse.Namespace) -> None:
     """Do what the command line says of another layout."""
     source = find_source(options.source)
     ranks = options.tp_size if options.ranks is None else options.ranks
-    final = reshard(source, options.dest, options.tp_size, ranks, cut_dim, show)
+    final = reshard(source, options.dest, options.tp_size, ranks, cut_dim, num_slices, show)
     print(f"{final}: tp_size {options.tp_size}, {ranks} ranks, from {source}")
 
 

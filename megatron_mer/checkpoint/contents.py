@@ -63,13 +63,14 @@ def contents(path: Path, every_byte: bool = True) -> CheckpointContents:
     elements: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     shapes: dict[str, tuple[int, ...]] = {}
-    tp_size = None
+    tp_size = 0
     for rank in range(manifest["world_size"]):
         for entry in json.loads((path / f"{rank_name(rank)}.json").read_text())["fragments"]:
             elements[entry["kind"]] += entry["numel"]
             sizes[entry["kind"]] += entry["numel"] * _BYTES[entry["dtype"]]
             shapes[entry["name"]] = tuple(entry["global_shape"])
-            tp_size = entry["tp_size"]
+            # Heads of keys and values may have fewer slices than there are ranks.
+            tp_size = max(tp_size, entry["tp_size"])
     stored = manifest["files"].values()
     return CheckpointContents(
         path=str(path),
@@ -79,7 +80,7 @@ def contents(path: Path, every_byte: bool = True) -> CheckpointContents:
         batches=run_state.get("batches"),
         format=manifest["format"],
         world_size=manifest["world_size"],
-        tp_size=tp_size,
+        tp_size=tp_size or None,
         bytes=sum(one if isinstance(one, int) else one["bytes"] for one in stored),
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         kinds=tuple((kind, elements[kind], sizes[kind]) for kind in sorted(elements)),

@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from megatron_mer.parallel import slice_bounds
+
 FORMAT_VERSION = 2
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -53,9 +55,10 @@ _OWN_FILE = re.compile(r"manifest\.json|run_state\.json|rank_[0-9]+\.(json|safet
 class Fragment:
     """A flat piece of one quantity of one parameter.
 
-    The parameter is first cut along `tp_dim` into `tp_size` equal slices (not at all if `tp_dim` is
-    None: then every tensor-parallel rank holds an equal copy); slice `tp_rank` is flattened in
-    row-major order; the fragment is elements [start, start + numel) of that.
+    The parameter is first cut along `tp_dim` into `tp_size` slices (not at all if `tp_dim` is None:
+    then every tensor-parallel rank holds an equal copy), all of the same size but the last ones,
+    which may be shorter or empty; slice `tp_rank` is flattened in row-major order; the fragment is
+    elements [start, start + numel) of that.
 
     Raises:
         ValueError: the values contradict each other.
@@ -70,9 +73,10 @@ class Fragment:
     tp_dim: int | None
     """Dim that tensor parallelism cuts; None: replicated."""
     tp_rank: int
-    """Tensor-parallel rank of the owner, 0 <= tp_rank < tp_size."""
+    """Which slice, 0 <= tp_rank < tp_size."""
     tp_size: int
-    """Number of tensor-parallel ranks of the run."""
+    """Number of slices: the run's tensor-parallel ranks, or its heads of keys and values where
+    those are fewer."""
     start: int
     """Offset of the first element in the flattened slice."""
     tensor: torch.Tensor
@@ -127,17 +131,20 @@ class Fragment:
     def _range_problem(self) -> str | None:
         if self.tp_dim is not None and not 0 <= self.tp_dim < len(self.global_shape):
             return f"tp_dim {self.tp_dim} is no dim of the shape {self.global_shape}"
-        if self.tp_dim is not None and self.global_shape[self.tp_dim] % self.tp_size:
-            return f"dim {self.tp_dim} of {self.global_shape} is not divisible by {self.tp_size}"
-        length = slice_numel(self.global_shape, self.tp_dim, self.tp_size)
+        length = math.prod(slice_shape(self.global_shape, self.tp_dim, self.tp_size, self.tp_rank))
         if self.start < 0 or self.stop > length:
             return f"elements [{self.start}, {self.stop}) of a slice of {length}"
         return None
 
 
-def slice_numel(global_shape: tuple[int, ...], tp_dim: int | None, tp_size: int) -> int:
-    """Number of elements of one tensor-parallel slice."""
-    return math.prod(global_shape) // (1 if tp_dim is None else tp_size)
+def slice_shape(
+    global_shape: tuple[int, ...], tp_dim: int | None, tp_size: int, tp_rank: int
+) -> tuple[int, ...]:
+    """Shape of one tensor-parallel slice; that of the whole if nothing is cut."""
+    if tp_dim is None:
+        return global_shape
+    begin, end = slice_bounds(global_shape[tp_dim], tp_size, tp_rank)
+    return (*global_shape[:tp_dim], end - begin, *global_shape[tp_dim + 1 :])
 
 
 def step_name(step: int) -> str:

@@ -19,8 +19,10 @@ from megatron_mer.checkpoint.layout import (
     MANIFEST,
     Fragment,
     rank_name,
+    slice_shape,
 )
 from megatron_mer.errors import CheckpointError
+from megatron_mer.parallel import slice_bounds
 
 Range = tuple[int, int]
 
@@ -161,17 +163,21 @@ class CheckpointReader:
         Only the rows (places in the first dim) that the fragment lies in are read, so beside it
         there is never more in memory than one parameter.
         """
-        mine = _slice_shape(fragment.global_shape, dim, fragment.tp_size)
+        whole = fragment.global_shape
+        mine = slice_shape(whole, dim, fragment.tp_size, fragment.tp_rank)
         row = math.prod(mine[1:])
         first, last = fragment.start // row, -(-fragment.stop // row)
         band = torch.empty((last - first, *mine[1:]), dtype=fragment.tensor.dtype)
-        theirs = _slice_shape(fragment.global_shape, dim, saved_size)
         # What is wanted of the whole parameter's dim, and where the band begins in it.
-        begin = fragment.tp_rank * mine[dim] + (first if dim == 0 else 0)
+        begin, _ = slice_bounds(whole[dim], fragment.tp_size, fragment.tp_rank)
+        begin += first if dim == 0 else 0
         end = begin + band.shape[dim]
-        for rank in range(begin // theirs[dim], -(-end // theirs[dim])):
-            base = rank * theirs[dim]
-            low, high = max(begin, base), min(end, base + theirs[dim])
+        for rank in range(saved_size):
+            base, stop = slice_bounds(whole[dim], saved_size, rank)
+            low, high = max(begin, base), min(end, stop)
+            if low >= high:
+                continue
+            theirs = slice_shape(whole, dim, saved_size, rank)
             rows = (low - base, high - base) if dim == 0 else (first, last)
             part = self._rows(fragment, rank, saved_size, theirs, rows)
             if dim != 0:
@@ -292,11 +298,6 @@ def _stored(rank: int, entry: dict[str, Any]) -> _Stored:
         stop=entry["start"] + entry["numel"],
         dtype=entry["dtype"],
     )
-
-
-def _slice_shape(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
-    """Shape of one of `size` equal slices along a dim."""
-    return (*shape[:dim], shape[dim] // size, *shape[dim + 1 :])
 
 
 def _check_same(path: Path, fragment: Fragment, piece: _Stored) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import threading
@@ -21,13 +22,13 @@ import torch
 
 from megatron_mer.checkpoint.files import remove_directory
 from megatron_mer.checkpoint.find import CheckpointInfo, damaged, is_permanent
-from megatron_mer.checkpoint.layout import TEMPORARY, Fragment, step_name
+from megatron_mer.checkpoint.layout import TEMPORARY, Fragment, slice_shape, step_name
 from megatron_mer.checkpoint.load import CheckpointReader, Parameter
 from megatron_mer.checkpoint.save import commit, write_manifest, write_rank
 from megatron_mer.errors import CheckpointError, ConfigError, Problem
 
-# What tensor parallelism cuts; the names of `model`'s keys in a checkpoint's run state.
-_CUT = ("num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")
+# What tensor parallelism cuts evenly; the names of `model`'s keys in a checkpoint's run state.
+_CUT = ("num_heads", "ffn_hidden_size")
 
 
 def reshard(
@@ -36,6 +37,7 @@ def reshard(
     tp_size: int,
     ranks: int,
     cut_dim: Callable[[str], int | None],
+    num_slices: Callable[[str, int, int], int],
     progress: Callable[[int, int], None] = lambda rank, ranks: None,
 ) -> Path:
     """Write a checkpoint's content as `ranks` ranks with `tp_size` tensor ranks would have it.
@@ -51,6 +53,8 @@ def reshard(
         ranks: all ranks, a multiple of tp_size.
         cut_dim: the dim along which tensor parallelism cuts a parameter, None: every rank has all
             of it.
+        num_slices: into how many slices a parameter is cut, by its name, tp_size and the model's
+            heads of keys and values.
         progress: called before each rank's file with its number and how many there are.
 
     Returns:
@@ -67,14 +71,16 @@ def reshard(
     if problem := damaged(source):
         raise CheckpointError(f"the checkpoint is not whole: {problem}")
     info = CheckpointInfo.read(source)
-    _check_model(info.run_state["settings"]["model"], tp_size)
+    model = info.run_state["settings"]["model"]
+    _check_model(model, tp_size)
     reader = CheckpointReader(source, verified=True)
     parameters = _in_order(reader.parameters(), cut_dim)
     final = directory / step_name(info.step)
     temporary = final.with_name(final.name + TEMPORARY)
     try:
         _check_space(directory, _stored_bytes(parameters, tp_size))
-        _write(reader, parameters, temporary, tp_size, ranks, progress)
+        cuts = [num_slices(one.name, tp_size, model["num_kv_heads"]) for one in parameters]
+        _write(reader, parameters, cuts, temporary, tp_size, ranks, progress)
         settings = {**info.run_state["settings"], "tp_size": tp_size}
         run_state = json.dumps({**info.run_state, "settings": settings}, indent=1).encode()
         write_manifest(temporary, info.step, ranks, run_state, is_permanent(source))
@@ -107,6 +113,10 @@ def _check_model(model: Mapping[str, Any], tp_size: int) -> None:
         for key in _CUT
         if model[key] % tp_size
     ]
+    heads = model["num_kv_heads"]
+    if heads % tp_size and tp_size % heads:
+        allowed = f"a divisor or a multiple of num_kv_heads, which is {heads}"
+        problems.append(Problem("tp_size", f"given {tp_size}", allowed))
     if problems:
         raise ConfigError(problems)
 
@@ -139,6 +149,7 @@ def _in_order(found: Iterator[Parameter], cut_dim: Callable[[str], int | None]) 
 def _write(
     reader: CheckpointReader,
     parameters: list[Parameter],
+    cuts: list[int],
     temporary: Path,
     tp_size: int,
     ranks: int,
@@ -152,23 +163,43 @@ def _write(
     for rank in range(ranks):
         progress(rank, ranks)
         part, tp_rank = divmod(rank, tp_size)
-        fragments = list(_fragments(parameters, tp_rank, tp_size, part, ranks // tp_size))
+        slices = list(_slices(parameters, cuts, tp_rank, tp_size))
+        fragments = list(_fragments(slices, part, ranks // tp_size))
         write_rank(temporary, fragments, rank, ranks, threading.Event(), read)
 
 
+def _slices(
+    parameters: list[Parameter], cuts: list[int], tp_rank: int, tp_size: int
+) -> Iterator[tuple[Parameter, int, int]]:
+    """What one tensor rank writes: parameters with the slice's number and their number of slices.
+
+    Of several ranks with the same slice the first one writes it.
+    """
+    for one, parts in zip(parameters, cuts, strict=True):
+        if one.tp_dim is None:
+            yield one, tp_rank, tp_size
+            continue
+        index, replica = divmod(tp_rank, tp_size // parts)
+        if replica == 0:
+            yield one, index, parts
+
+
 def _fragments(
-    parameters: list[Parameter], tp_rank: int, tp_size: int, part: int, parts: int
+    slices: list[tuple[Parameter, int, int]], part: int, parts: int
 ) -> Iterator[Fragment]:
     """What one rank gets: part `part` of `parts` of each kind's slices, without their content."""
-    for kind in dict.fromkeys(one.kind for one in parameters):
-        mine = [one for one in parameters if one.kind == kind]
-        sizes = [one.numel // (1 if one.tp_dim is None else tp_size) for one in mine]
+    for kind in dict.fromkeys(one.kind for one, _, _ in slices):
+        mine = [(one, index, count) for one, index, count in slices if one.kind == kind]
+        shapes = [
+            slice_shape(one.global_shape, one.tp_dim, count, index) for one, index, count in mine
+        ]
+        sizes = [math.prod(shape) for shape in shapes]
         total, begin = sum(sizes), 0
         low, high = total * part // parts, total * (part + 1) // parts
-        for one, size in zip(mine, sizes, strict=True):
+        for (one, index, count), size in zip(mine, sizes, strict=True):
             start, stop = max(low - begin, 0), min(high - begin, size)
             begin += size
             if start < stop:
                 nothing = torch.empty(stop - start, dtype=one.dtype, device="meta")
-                cut = (one.tp_dim, tp_rank, tp_size, start)
+                cut = (one.tp_dim, index, count, start)
                 yield Fragment(one.name, kind, one.global_shape, *cut, nothing)

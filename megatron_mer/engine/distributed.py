@@ -7,7 +7,8 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import deepspeed
@@ -73,11 +74,32 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def tensor_parallel_group(layout: Layout, rank: int) -> TensorParallelGroup:
-    """Make the tensor-parallel groups of all ranks (collective) and return this rank's."""
-    mine = TensorParallelGroup(group=None, rank=0, size=1)
-    for ranks in layout.tensor_groups():
-        group = dist.new_group(ranks, timeout=DEFAULT_TIMEOUT) if layout.tp_size > 1 else None
+def tensor_parallel_group(layout: Layout, rank: int, num_kv_heads: int) -> TensorParallelGroup:
+    """Make the tensor-parallel groups of all ranks (collective) and return this rank's.
+
+    Args:
+        layout: the rank grid.
+        rank: this rank.
+        num_kv_heads: of the model, a multiple or a divisor of tp_size: with fewer than tp_size the
+            ranks that share a head get a group, too.
+    """
+    mine = _group_of(rank, layout.tensor_groups())
+    copies = layout.tp_size // num_kv_heads
+    if copies <= 1:
+        return mine
+    same = [
+        ranks[start : start + copies]
+        for ranks in layout.tensor_groups()
+        for start in range(0, layout.tp_size, copies)
+    ]
+    return replace(mine, kv_replicas=_group_of(rank, same))
+
+
+def _group_of(rank: int, groups: Sequence[Sequence[int]]) -> TensorParallelGroup:
+    """Make process groups, on all ranks in the same order, and return the one with this rank."""
+    mine = TensorParallelGroup()
+    for ranks in groups:
+        group = dist.new_group(list(ranks), timeout=DEFAULT_TIMEOUT) if len(ranks) > 1 else None
         if rank in ranks:
             mine = TensorParallelGroup(group=group, rank=ranks.index(rank), size=len(ranks))
     return mine

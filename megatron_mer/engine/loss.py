@@ -23,12 +23,19 @@ class GlobalTokenLoss:
         num_micro_batches: micro batches a data-parallel rank has in a batch.
         dp_size: data-parallel size.
         device: where the rows' losses are kept.
+        vocab_size: V, without the padding that the ranks' logits may have.
     """
 
     def __init__(
-        self, group: TensorParallelGroup, num_micro_batches: int, dp_size: int, device: torch.device
+        self,
+        group: TensorParallelGroup,
+        num_micro_batches: int,
+        dp_size: int,
+        device: torch.device,
+        vocab_size: int | None,
     ) -> None:
         self._group = group
+        self._vocab_size = vocab_size
         self._scale = float(num_micro_batches * dp_size)
         self._device = device
         self._rows: list[Tensor] = []
@@ -47,7 +54,7 @@ class GlobalTokenLoss:
         """The scaled loss of one micro batch.
 
         Args:
-            logits: (B, S, V/tp), this rank's part of the vocabulary.
+            logits: (B, S, ceil(V/tp)), this rank's part of the vocabulary.
             labels: targets, mask and the global batch's unmasked tokens.
 
         Returns:
@@ -55,7 +62,8 @@ class GlobalTokenLoss:
             norm, which every rank sees, tells all ranks to leave the update out.
         """
         targets, mask, unmasked = labels
-        token_losses = vocab_parallel_cross_entropy(logits, targets, self._group) * mask
+        losses = vocab_parallel_cross_entropy(logits, targets, self._group, self._vocab_size)
+        token_losses = losses * mask
         with torch.no_grad():
             sums = (token_losses.sum(1, dtype=torch.float64), mask.sum(1, dtype=torch.float64))
             self._rows.append(torch.stack(sums, 1))

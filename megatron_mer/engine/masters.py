@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_mer.continual.reptile import CHUNK, MasterShard
+from megatron_mer.parallel import Cut, cut_of
 
 Moments = Mapping[str, Sequence[Tensor]]
 
@@ -35,13 +36,12 @@ class Piece:
     start: int
     """Where the piece begins in the flattened tensor-parallel slice."""
     numel: int
-    """Elements in the piece."""
+    """Elements in the piece, without padding."""
 
     @property
-    def tp_dim(self) -> int | None:
-        """The dim that tensor parallelism splits, None for a weight every tensor rank repeats."""
-        split = getattr(self.parameter, "tensor_model_parallel", False)
-        return int(getattr(self.parameter, "partition_dim")) if split else None  # noqa: B009
+    def cut(self) -> Cut | None:
+        """The tensor-parallel slice, None for a weight every tensor rank repeats."""
+        return cut_of(self.parameter)
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ class ShardedMasters:
     def _counted(self, piece: Piece) -> bool:
         """Whether this is the one copy of its weight that counts.
 
-        Not the later stages' copies of tied weights, and of weights that tensor ranks repeat only
-        rank 0's. Data-parallel ranks own disjoint pieces.
+        Not the later stages' copies of tied weights, and of what tensor ranks repeat only the first
+        one's. Data-parallel ranks own disjoint pieces.
         """
         if getattr(piece.parameter, "ds_pipe_replicated", False):
             return False
-        return piece.tp_dim is not None or self._tp_rank == 0
+        return (self._tp_rank if piece.cut is None else piece.cut.replica) == 0
 
     def view(self, flat: Sequence[Tensor], piece: Piece) -> Tensor:
         """(numel,) view of a piece in a list of flat tensors shaped like the masters."""
@@ -183,14 +183,25 @@ def _pieces(names: Mapping[nn.Parameter, str]) -> Iterator[Piece]:
         if mapping is None:
             continue
         low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+        numel = min(low.numel, _held(parameter) - low.start)
+        if numel <= 0:
+            continue
         yield Piece(
             name=name,
             parameter=parameter,
             group=mapping.param_group_index,
             offset=high.start,
             start=low.start,
-            numel=low.numel,
+            numel=numel,
         )
+
+
+def _held(parameter: nn.Parameter) -> int:
+    """Elements of a slice that are no padding, which only rows at its end may be."""
+    cut = cut_of(parameter)
+    if cut is None or cut.dim != 0:
+        return parameter.numel()
+    return (cut.end - cut.begin) * (parameter.numel() // parameter.size(0))
 
 
 def _overlap(piece: Piece, delta: Tensor, start: int, stop: int) -> tuple[Tensor, int, int] | None:

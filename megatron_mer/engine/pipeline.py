@@ -60,7 +60,7 @@ def build_layer(
     """One layer of this tensor rank, fp32, initialised, on this rank's device."""
     with torch.device("meta"):
         layer = apply_plan(factory(), LLAMA_PLAN[name.split(".")[0]], group)
-    initialise_layer(layer, name, config, seed, group, device())
+    initialise_layer(layer, name, config, seed, device())
     return layer
 
 

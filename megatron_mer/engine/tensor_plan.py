@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from megatron_mer.parallel import ParallelKind
 
-_DIMS: Mapping[ParallelKind, int] = {"column": 0, "column_region": 0, "vocab": 0, "row": 1}
+_DIMS: Mapping[ParallelKind, int] = {"column": 0, "kv": 0, "head": 0, "vocab": 0, "row": 1}
 
 # By the layer's name up to its first dot, then by the module's path inside the layer. "region": its
 # input enters the tensor-parallel region once, so that q, k and v share one all-reduce of the
@@ -16,8 +16,8 @@ LLAMA_PLAN: Mapping[str, Mapping[str, ParallelKind]] = {
     "layers": {
         "attention": "region",
         "attention.q_proj": "column",
-        "attention.k_proj": "column",
-        "attention.v_proj": "column",
+        "attention.k_proj": "kv",
+        "attention.v_proj": "kv",
         "attention.o_proj": "row",
         "mlp": "region",
         "mlp.gate_proj": "column",
@@ -25,7 +25,7 @@ LLAMA_PLAN: Mapping[str, Mapping[str, ParallelKind]] = {
         "mlp.down_proj": "row",
     },
     "final_norm": {},
-    "head": {"": "column_region"},
+    "head": {"": "head"},
 }
 
 
@@ -35,9 +35,26 @@ def cut_dim(name: str) -> int | None:
     Args:
         name: canonical, as "layers.3.attention.q_proj.weight".
     """
+    kind = _kind(name)
+    return None if kind is None else _DIMS.get(kind)
+
+
+def num_slices(name: str, tp_size: int, num_kv_heads: int) -> int:
+    """Into how many slices tensor parallelism cuts a parameter that it cuts.
+
+    Fewer than there are ranks are repeated on tp_size / num_slices neighbours each.
+
+    Args:
+        name: canonical.
+        tp_size: tensor-parallel ranks.
+        num_kv_heads: of the model, a multiple or a divisor of tp_size.
+    """
+    return min(tp_size, num_kv_heads) if _kind(name) == "kv" else tp_size
+
+
+def _kind(name: str) -> ParallelKind | None:
     layer, _, rest = name.partition(".")
     if layer == "layers":
         rest = rest.partition(".")[2]
     module, _, tensor = rest.rpartition(".")
-    kind = LLAMA_PLAN[layer].get(module)
-    return _DIMS.get(kind) if kind is not None and tensor == "weight" else None
+    return LLAMA_PLAN[layer].get(module) if tensor == "weight" else None

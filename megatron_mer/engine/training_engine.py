@@ -63,10 +63,14 @@ class TrainingEngine:
         self.layout = layout
         self.coordinate = layout.coordinate(rank)
         self._device = device()
-        self._group = tensor_parallel_group(layout, rank)
+        self._group = tensor_parallel_group(layout, rank, config.model.num_kv_heads)
         self.num_micro_batches = num_micro_batches(config, layout.dp_size)
         self._loss = GlobalTokenLoss(
-            self._group, self.num_micro_batches, layout.dp_size, self._device
+            self._group,
+            self.num_micro_batches,
+            layout.dp_size,
+            self._device,
+            config.model.vocab_size,
         )
         self._module = StagedLlama(config, layout, self._group, self._loss)
         self._names = self._module.canonical_names()
@@ -94,9 +98,7 @@ class TrainingEngine:
             self.masters.fill(self._initial_value)
 
     def _initial_value(self, piece: Piece) -> Tensor:
-        return init_parameter(
-            piece.parameter, piece.name, self.config.model, self.config.seed, self._group
-        )
+        return init_parameter(piece.parameter, piece.name, self.config.model, self.config.seed)
 
     @property
     def reads_data(self) -> bool:
@@ -206,10 +208,21 @@ class TrainingEngine:
     def fragments(self, extra: Mapping[str, Sequence[Tensor]]) -> Iterator[Fragment]:
         """Everything of the model that this rank owns, for a checkpoint.
 
+        Heads of keys and values that several ranks repeat are the first one's.
+
         Args:
             extra: further state by kind, one tensor a master shard (Reptile's).
         """
-        for index, piece in enumerate(self.masters.pieces):
+        repeated = [
+            piece.cut is not None and piece.cut.replica > 0 for piece in self.masters.pieces
+        ]
+        return self._fragments(extra, [place for place, no in enumerate(repeated) if not no])
+
+    def _fragments(
+        self, extra: Mapping[str, Sequence[Tensor]], places: Iterable[int]
+    ) -> Iterator[Fragment]:
+        for index in places:
+            piece = self.masters.pieces[index]
             yield self._fragment(piece, "master", self.masters.shards[index].tensor)
             for kind, flat in self.masters.moments().items():
                 yield self._fragment(piece, kind, self.masters.view(flat, piece))
@@ -239,7 +252,7 @@ class TrainingEngine:
         """
         if updates > 0:
             self.masters.create_moments(updates)
-        reader.fill_all(self.fragments(extra))
+        reader.fill_all(self._fragments(extra, range(len(self.masters.pieces))))
         self.masters.publish()
 
     @torch.no_grad()
@@ -257,21 +270,21 @@ class TrainingEngine:
             self.masters.create_moments(updates)
         reader.fill_all(
             fragment if fragment.kind != "master" else replace(fragment, kind=kind)
-            for fragment in self.fragments({})
+            for fragment in self._fragments({}, range(len(self.masters.pieces)))
         )
         self.masters.publish()
 
     def _fragment(self, piece: Piece, kind: str, tensor: Tensor) -> Fragment:
-        shape = list(piece.parameter.shape)
-        if piece.tp_dim is not None:
-            shape[piece.tp_dim] *= self._group.size
+        shape, cut = list(piece.parameter.shape), piece.cut
+        if cut is not None:
+            shape[cut.dim] = cut.size
         return Fragment(
             name=piece.name,
             kind=kind,
             global_shape=tuple(shape),
-            tp_dim=piece.tp_dim,
-            tp_rank=self._group.rank,
-            tp_size=self._group.size,
+            tp_dim=None if cut is None else cut.dim,
+            tp_rank=self._group.rank if cut is None else cut.index,
+            tp_size=self._group.size if cut is None else cut.parts,
             start=piece.start,
             tensor=tensor,
         )

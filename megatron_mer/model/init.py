@@ -26,16 +26,24 @@ RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 """The projections that add to the residual stream."""
 
 
-class TensorRank(Protocol):
-    """A place in a tensor-parallel group."""
+class Slice(Protocol):
+    """Which part of a weight a tensor-parallel rank holds."""
 
     @property
-    def rank(self) -> int:
-        """Place in the group, 0 <= rank < size."""
+    def dim(self) -> int:
+        """The dim that is cut."""
 
     @property
     def size(self) -> int:
-        """Number of ranks in the group."""
+        """The whole weight's places along it."""
+
+    @property
+    def begin(self) -> int:
+        """First place of the part."""
+
+    @property
+    def end(self) -> int:
+        """The place behind its last."""
 
 
 def init_tensor(
@@ -43,9 +51,7 @@ def init_tensor(
     name: str,
     shape: Sequence[int],
     std: float,
-    dim: int | None = None,
-    index: int = 0,
-    parts: int = 1,
+    part: Slice | None = None,
 ) -> Tensor:
     """Draws a normal matrix, or one slice of it, from the key (seed, name).
 
@@ -57,32 +63,30 @@ def init_tensor(
         name: canonical parameter name.
         shape: shape of the whole weight, two dims.
         std: standard deviation; the mean is 0.
-        dim: dim along which the weight is split; None: it is whole.
-        index: which slice, 0 <= index < parts.
-        parts: number of equal slices along `dim`.
+        part: the slice; None: the whole.
 
     Returns:
         fp32 CPU tensor of the slice's shape.
 
     Raises:
-        ValueError: the dim does not exist, or its size is no multiple of `parts`.
+        ValueError: the whole has no such slice.
     """
     rows, columns = shape
     window = [slice(0, rows), slice(0, columns)]
-    if dim is not None:
-        if not (0 <= dim < 2 and 0 <= index < parts and shape[dim] % parts == 0):
-            raise ValueError(f"{name}: slice {index} of {parts} along dim {dim} of {tuple(shape)}")
-        width = shape[dim] // parts
-        window[dim] = slice(index * width, (index + 1) * width)
+    if part is not None:
+        fits = 0 <= part.dim < 2 and 0 <= part.begin <= part.end <= shape[part.dim]
+        if not fits:
+            raise ValueError(f"{name}: {part} of a weight of shape {tuple(shape)}")
+        window[part.dim] = slice(part.begin, part.end)
     row_window, column_window = window
-    out = np.empty([part.stop - part.start for part in window], dtype=np.float32)
+    out = np.empty([one.stop - one.start for one in window], dtype=np.float32)
     first = row_window.start // BLOCK_ROWS
     for block in range(first, math.ceil(row_window.stop / BLOCK_ROWS)):
         top = block * BLOCK_ROWS
         begin, end = max(top, row_window.start), min(top + BLOCK_ROWS, row_window.stop)
         drawn = _draw_block(seed, name, block, (min(BLOCK_ROWS, rows - top), columns))
-        part = drawn[begin - top : end - top, column_window]
-        np.multiply(part, np.float32(std), out=out[begin - row_window.start :][: end - begin])
+        wanted = drawn[begin - top : end - top, column_window]
+        np.multiply(wanted, np.float32(std), out=out[begin - row_window.start :][: end - begin])
     return torch.from_numpy(out)
 
 
@@ -113,30 +117,32 @@ def init_parameter(
     name: str,
     config: ModelConfig,
     seed: int,
-    group: TensorRank | None = None,
 ) -> Tensor:
     """Initial values of one parameter, or of this rank's share of it.
 
     Args:
-        parameter: the parameter; its shape is read, and the marks `tensor_model_parallel` and
-            `partition_dim` that a tensor-parallel layer puts on what it splits.
+        parameter: the parameter; its shape is read, and the mark `cut` that a tensor-parallel
+            layer puts on what it splits.
         name: canonical parameter name.
         config: the model's section of the configuration, resolved.
         seed: the run's seed.
-        group: this rank's place in its tensor-parallel group; None: one process holds everything.
 
     Returns:
-        fp32 CPU tensor of the parameter's shape. Vectors are norm weights and start at one.
+        fp32 CPU tensor of the parameter's shape. Vectors are norm weights and start at one; what a
+        parameter has beyond its slice is padding and zero.
     """
     if parameter.dim() == 1:
         return torch.ones(parameter.shape, dtype=torch.float32)
-    shape = list(parameter.shape)
-    dim: int | None = None
-    index, parts = 0, 1
-    if group is not None and getattr(parameter, "tensor_model_parallel", False):
-        dim, index, parts = int(getattr(parameter, "partition_dim")), group.rank, group.size  # noqa: B009
-        shape[dim] *= parts
-    return init_tensor(seed, name, shape, init_std(name, config), dim, index, parts)
+    shape, part = list(parameter.shape), getattr(parameter, "cut", None)
+    if part is None:
+        return init_tensor(seed, name, shape, init_std(name, config))
+    shape[part.dim] = part.size
+    drawn = init_tensor(seed, name, shape, init_std(name, config), part)
+    if drawn.shape == parameter.shape:
+        return drawn
+    padded = torch.zeros(parameter.shape, dtype=torch.float32)
+    padded.narrow(part.dim, 0, part.end - part.begin).copy_(drawn)
+    return padded
 
 
 @torch.no_grad()
@@ -145,7 +151,6 @@ def initialise_layer(
     layer_name: str,
     config: ModelConfig,
     seed: int,
-    group: TensorRank | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
     """Gives every parameter of a layer its initial values, in place.
@@ -158,13 +163,12 @@ def initialise_layer(
         layer_name: its name there.
         config: the model's section of the configuration, resolved.
         seed: the run's seed.
-        group: this rank's place in its tensor-parallel group; None: one process holds everything.
         device: where parameters without storage are allocated.
     """
     for path, module in layer.named_modules():
         for local_name, parameter in list(module.named_parameters(recurse=False)):
             name = ".".join(part for part in (layer_name, path, local_name) if part)
-            values = init_parameter(parameter, name, config, seed, group)
+            values = init_parameter(parameter, name, config, seed)
             if parameter.is_meta:
                 # Module.to_empty would make new parameters without the old ones' attributes.
                 allocated = nn.Parameter(values.to(device), requires_grad=parameter.requires_grad)

@@ -5,8 +5,10 @@ from megatron_mer.parallel.collectives import (
     enter_region,
     reduce_from_region,
 )
+from megatron_mer.parallel.cut import Cut, cut_of, slice_bounds
 from megatron_mer.parallel.layers import (
     ColumnParallelLinear,
+    KeyValueLinear,
     ParallelKind,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -18,14 +20,18 @@ from megatron_mer.parallel.topology import Coordinate, Layout, split_stages
 __all__ = [
     "ColumnParallelLinear",
     "Coordinate",
+    "Cut",
+    "KeyValueLinear",
     "Layout",
     "ParallelKind",
     "RowParallelLinear",
     "TensorParallelGroup",
     "VocabParallelEmbedding",
     "apply_plan",
+    "cut_of",
     "enter_region",
     "reduce_from_region",
+    "slice_bounds",
     "split_stages",
     "vocab_parallel_cross_entropy",
 ]

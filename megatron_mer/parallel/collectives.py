@@ -25,6 +25,9 @@ class TensorParallelGroup:
     """Place in the group, 0 <= rank < size."""
     size: int = 1
     """Number of ranks in the group."""
+    kv_replicas: TensorParallelGroup | None = None
+    """Those of its ranks that hold the same head of keys and values, neighbours, where the model
+    has fewer such heads than there are ranks; None: no two hold the same."""
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Reduces a contiguous tensor over the group, in place. Collective."""

@@ -20,19 +20,25 @@ from megatron_mer.parallel.collectives import (
     enter_region,
     reduce_from_region,
 )
+from megatron_mer.parallel.cut import Cut
 
-ParallelKind = Literal["column", "row", "vocab", "region", "column_region"]
-"""What becomes of a module: a linear map split by outputs (column) or by inputs (row), a token
-table split by tokens (vocab), a module whose input enters the tensor-parallel region, or a linear
-map split by outputs whose input enters the region."""
+ParallelKind = Literal["column", "row", "kv", "vocab", "region", "head"]
+"""What becomes of a module: a linear map split by outputs (column) or by inputs (row), one to heads
+of keys or values, which ranks repeat where there are fewer heads than ranks (kv), a token table
+split by tokens (vocab), a module whose input enters the tensor-parallel region, or a linear map to
+the vocabulary, split by tokens, whose input enters the region (head). The ranks need not divide the
+vocabulary; the last ones' shares are then padded."""
 
 
 class _SplitWeight(nn.Module):
     """Holds this rank's share of a matrix, marked for whoever has to know that it is split.
 
-    The marks `tensor_model_parallel` and `partition_dim` are the ones that DeepSpeed's gradient
-    norm and Megatron's tools read.
+    The mark `cut` says which part it is. `tensor_model_parallel` is read by DeepSpeed's gradient
+    norm: the weights that have it count on each rank, all others on the first rank alone.
     """
+
+    padded = False
+    """Whether the ranks need not divide the weight."""
 
     def __init__(self, plain: nn.Module, dim: int, group: TensorParallelGroup) -> None:
         super().__init__()
@@ -40,19 +46,23 @@ class _SplitWeight(nn.Module):
         if not isinstance(whole, nn.Parameter) or getattr(plain, "bias", None) is not None:
             raise TypeError(f"{plain}: only modules with a weight and no bias can be split")
         shape = list(whole.shape)
-        if shape[dim] % group.size:
+        cut = self._cut(shape[dim], dim, group)
+        if shape[dim] % cut.parts and not self.padded:
             raise ConfigError(
                 f"parallel.tp_size: {group.size} with a weight of shape {tuple(shape)}; dim {dim} "
                 "is split evenly over the tensor-parallel ranks; take a divisor of "
                 f"{shape[dim]}"
             )
-        shape[dim] //= group.size
+        shape[dim] = -(-shape[dim] // cut.parts)
         weight = nn.Parameter(whole.new_empty(shape), requires_grad=whole.requires_grad)
         if group.size > 1:
-            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-            weight.partition_dim = dim  # type: ignore[attr-defined]
+            weight.cut = cut  # type: ignore[attr-defined]
+            weight.tensor_model_parallel = cut.replica == 0  # type: ignore[attr-defined]
         self.weight = weight
         self.group = group
+
+    def _cut(self, size: int, dim: int, group: TensorParallelGroup) -> Cut:
+        return Cut(dim, size, parts=group.size, index=group.rank)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, rank {self.group.rank} of {self.group.size}"
@@ -72,6 +82,40 @@ class ColumnParallelLinear(_SplitWeight):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in) to this rank's (..., out/tp)."""
         return functional.linear(x, self.weight)
+
+
+class KeyValueLinear(ColumnParallelLinear):
+    """A linear map to heads of keys or values, of which each rank holds those that its queries ask.
+
+    With fewer heads than ranks several ranks hold the same one. Each has its own queries, hence a
+    part of the head's gradient; the sum over them makes their weights move alike.
+
+    Args:
+        plain: the module to replace, weight (out, in).
+        group: this rank's place in its tensor-parallel group, which knows its `kv_replicas`.
+    """
+
+    def _cut(self, size: int, dim: int, group: TensorParallelGroup) -> Cut:
+        same = group.kv_replicas or TensorParallelGroup()
+        parts, index = group.size // same.size, group.rank // same.size
+        return Cut(dim, size, parts, index, replica=same.rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., in) to this rank's heads, (..., max(Hkv/tp, 1) Dh)."""
+        same = self.group.kv_replicas
+        weight = self.weight if same is None else enter_region(self.weight, same)
+        return functional.linear(x, weight)
+
+
+class VocabParallelHead(ColumnParallelLinear):
+    """The output projection split by tokens; the last ranks' logits may end with padding.
+
+    Args:
+        plain: the module to replace, weight (V, D).
+        group: this rank's place in its tensor-parallel group.
+    """
+
+    padded = True
 
 
 class RowParallelLinear(_SplitWeight):
@@ -98,6 +142,8 @@ class VocabParallelEmbedding(_SplitWeight):
         group: this rank's place in its tensor-parallel group.
     """
 
+    padded = True
+
     def __init__(self, plain: nn.Module, group: TensorParallelGroup) -> None:
         super().__init__(plain, 0, group)
 
@@ -112,7 +158,7 @@ class VocabParallelEmbedding(_SplitWeight):
         return reduce_from_region(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.group)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The tied head: maps (B, S, D), equal on all ranks, to this rank's (B, S, V/tp).
+        """The tied head: maps (B, S, D), equal on all ranks, to this rank's (B, S, ceil(V/tp)).
 
         It enters the region itself, for no forward hook sees a call of this method.
         """
@@ -121,7 +167,8 @@ class VocabParallelEmbedding(_SplitWeight):
 
 _SPLIT: Mapping[str, type[ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding]] = {
     "column": ColumnParallelLinear,
-    "column_region": ColumnParallelLinear,
+    "head": VocabParallelHead,
+    "kv": KeyValueLinear,
     "row": RowParallelLinear,
     "vocab": VocabParallelEmbedding,
 }
@@ -155,7 +202,7 @@ def apply_plan(
         if kind in _SPLIT:
             target = _SPLIT[kind](target, group)
             module = _put(module, path, target)
-        if kind in ("region", "column_region"):
+        if kind in ("region", "head"):
             target.register_forward_pre_hook(_EnterHook(group))
     return module
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mer.parallel.collectives import TensorParallelGroup
+from megatron_mer.parallel.cut import slice_bounds
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -19,11 +20,15 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: TensorParallelGroup) -> Tensor:
-        largest = logits.amax(-1, keepdim=True).float()
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, group: TensorParallelGroup, held: int
+    ) -> Tensor:
+        largest = _largest(logits[..., :held])
         group.all_reduce(largest, dist.ReduceOp.MAX)
         # bf16 minus fp32 is fp32, without a copy of the logits in between.
         shifted = logits - largest
+        # Padding: no probability, hence no gradient.
+        shifted[..., held:] = -torch.inf
         local, owned = _local_targets(targets, logits.size(-1), group)
         # (2, B, S): target's logit and sum of exponentials, reduced together.
         parts = torch.empty((2, *targets.shape), dtype=torch.float32, device=logits.device)
@@ -39,14 +44,21 @@ class _CrossEntropy(torch.autograd.Function):
         return total.log() - target_logits
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
         exponentials, total, local, owned = ctx.saved_tensors
         grad = grads[0].float()
         # d loss / d x = softmax(x) - onehot(target)
         result = exponentials.mul_((grad / total).unsqueeze(-1))
         at_target = grad if owned is None else grad.masked_fill(~owned, 0.0)
         result.scatter_add_(-1, local.unsqueeze(-1), -at_target.unsqueeze(-1))
-        return result.to(ctx.dtype), None, None
+        return result.to(ctx.dtype), None, None, None
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """(B, S, 1) fp32; without a column -inf, as the last ranks of a small vocabulary have it."""
+    if logits.size(-1) == 0:
+        return logits.new_full((*logits.shape[:-1], 1), -torch.inf, dtype=torch.float32)
+    return logits.amax(-1, keepdim=True).float()
 
 
 def _local_targets(
@@ -61,7 +73,7 @@ def _local_targets(
 
 
 def vocab_parallel_cross_entropy(
-    logits: Tensor, targets: Tensor, group: TensorParallelGroup
+    logits: Tensor, targets: Tensor, group: TensorParallelGroup, vocab_size: int | None = None
 ) -> Tensor:
     """Cross-entropy of each token, without gathering the logits.
 
@@ -69,12 +81,16 @@ def vocab_parallel_cross_entropy(
     or infinite logit of any rank gives NaN on all.
 
     Args:
-        logits: (B, S, V/tp), this rank's columns, any floating-point dtype.
+        logits: (B, S, ceil(V/tp)), this rank's columns, any floating-point dtype.
         targets: (B, S) int64, 0 <= target < V, equal on all ranks; tokens that do not count need a
             valid id too, and a loss that is multiplied by 0.
         group: this rank's place in its tensor-parallel group.
+        vocab_size: V; the ranks' columns above it are padding and count as -inf. None: there is
+            none.
 
     Returns:
         Losses (B, S) in nats, fp32, equal on all ranks. Can be differentiated once.
     """
-    return cast(Tensor, _CrossEntropy.apply(logits, targets, group))  # type: ignore[no-untyped-call]
+    share = logits.size(-1)
+    begin, end = slice_bounds(vocab_size or share * group.size, group.size, group.rank)
+    return cast(Tensor, _CrossEntropy.apply(logits, targets, group, end - begin))  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ import torch
 from megatron_mer.checkpoint.layout import (
     Fragment,
     parse_step,
-    slice_numel,
+    slice_shape,
     step_directories,
     step_name,
 )
@@ -50,7 +50,7 @@ def test_fragment_describes_its_range():
         ({"tensor": torch.zeros(5, dtype=torch.bfloat16)}, ["bfloat16", "float32"]),
         ({"tp_rank": 2}, ["tp_rank 2", "0..1"]),
         ({"tp_dim": 2}, ["tp_dim 2", "(8, 3)"]),
-        ({"tp_dim": 1}, ["dim 1", "(8, 3)", "divisible by 2"]),
+        ({"tp_dim": 1}, ["[4, 9)", "slice of 8"]),
         ({"start": 8}, ["[8, 13)", "12"]),
         ({"start": -1}, ["[-1, 4)"]),
     ],
@@ -68,8 +68,13 @@ def test_only_the_last_delta_may_be_bf16():
 
 
 def test_a_replicated_parameter_is_not_cut():
-    assert slice_numel((8, 3), 0, 4) == 6
-    assert slice_numel((8, 3), None, 4) == 24
+    assert slice_shape((8, 3), 0, 4, 1) == (2, 3)
+    assert slice_shape((8, 3), None, 4, 1) == (8, 3)
+
+
+def test_the_last_slices_may_be_shorter():
+    assert [slice_shape((8, 3), 0, 3, rank) for rank in range(3)] == [(3, 3), (3, 3), (2, 3)]
+    assert [slice_shape((5, 3), 0, 4, rank)[0] for rank in range(4)] == [2, 2, 1, 0]
 
 
 def test_step_names_go_beyond_nine_digits():

@@ -1,5 +1,7 @@
 """What the ranks of the engine's tests run; loaded by path in each rank."""
 
+from dataclasses import replace
+
 import torch
 
 
@@ -90,15 +92,54 @@ def fp32_start(arguments, world_size):
     exact = rounded = 0.0
     for piece, shard in zip(engine.masters.pieces, engine.masters.shards, strict=True):
         config = engine.config
-        whole = init_parameter(
-            piece.parameter, piece.name, config.model, config.seed, engine._group
-        )
+        whole = init_parameter(piece.parameter, piece.name, config.model, config.seed)
         value = whole.flatten()[piece.start : piece.start + piece.numel]
         exact = max(exact, float((shard.tensor - value).abs().max()))
         rounded = max(rounded, float((shard.tensor - value.bfloat16().float()).abs().max()))
     names = sorted(shard.name for shard in engine.masters.shards if shard.counted)
     numel = sum(shard.tensor.numel() for shard in engine.masters.shards if shard.counted)
     return {"exact": exact, "rounded": rounded, "counted": names, "numel": numel}
+
+
+def rewrite(arguments, world_size, target, source=None):
+    """Write a checkpoint of five batches, or of what `source` holds, at this run's layout.
+
+    Says how large the ranks' masters are and whether what is beside the pieces (padding) is zero.
+    """
+    import threading
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from megatron_mer.checkpoint import CheckpointReader
+    from megatron_mer.checkpoint.save import write_manifest, write_rank
+
+    engine, reptile, loader = build(arguments, world_size)
+    if source is None:
+        for _ in range(5):
+            engine.train_step(next(loader), 1.0e-3)
+            reptile.after_update()
+    else:
+        engine.load(CheckpointReader(source, dist.get_rank()), 5, reptile.tensors())
+    loader.close()
+    fragments = [
+        replace(one, tensor=one.tensor.detach().clone())
+        for one in engine.fragments(reptile.tensors())
+    ]
+    write_rank(Path(target), fragments, dist.get_rank(), world_size, threading.Event())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_manifest(Path(target), 5, world_size, b"{}", permanent=False)
+    flats = [*engine.masters.flat, *(flat for m in engine.masters.moments().values() for flat in m)]
+    rest = [flat.detach().clone() for flat in flats]
+    for piece in engine.masters.pieces:
+        for start in range(0, len(rest), len(engine.masters.flat)):
+            engine.masters.view(rest[start:], piece).zero_()
+    return {
+        "elements": sum(shard.tensor.numel() for shard in engine.masters.shards),
+        "allocated": sum(flat.numel() for flat in engine.masters.flat),
+        "padding_is_zero": not any(flat.any() for flat in rest),
+    }
 
 
 def averaged_tied(arguments, world_size):

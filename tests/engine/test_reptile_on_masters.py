@@ -19,6 +19,8 @@ pytestmark = pytest.mark.dist
 
 PROGRAMS = Path(__file__).with_name("programs.py")
 PP2 = "--parallel.pp_size=2"
+TP4 = "--parallel.tp_size=4"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def run(tiny, function, world_size, *options):
@@ -51,6 +53,59 @@ def test_masters_start_from_fp32_and_each_weight_counts_once(tiny):
     model = Llama(prepare(load_config(tiny.write("run"), ()), 1).config.model, seed=7)
     assert sum(rank["numel"] for rank in said) == sum(p.numel() for p in model.parameters())
     assert {name for rank in said for name in rank["counted"]} == set(model.state_dict())
+
+
+UNEVEN = ("--model.num_kv_heads=1", "--model.vocab_size=517")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(2, ("--parallel.tp_size=2",)), (4, ("--parallel.tp_size=2", PP2)), (4, (TP4,))],
+    ids=["tp2", "tp2_pp2", "tp4"],
+)
+def test_repeated_heads_and_padded_rows_count_once_or_never(tiny, ranks, options):
+    said = run(tiny, "fp32_start", ranks, "--precision=bf16", *UNEVEN, *options)
+    assert all(rank["exact"] == 0.0 for rank in said)
+    model = Llama(prepare(load_config(tiny.write("run"), UNEVEN), 1).config.model, seed=7)
+    assert sum(rank["numel"] for rank in said) == sum(p.numel() for p in model.parameters())
+    assert {name for rank in said for name in rank["counted"]} == set(model.state_dict())
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_a_checkpoint_goes_to_another_tp_and_back_to_the_bit(tiny, tied):
+    """Weights, moments, Reptile's anchor, velocity or last delta; in none of them is padding."""
+    options = (*UNEVEN, f"--model.tie_embeddings={tied}", "--reptile.momentum=0.5")
+    layouts = {
+        "two": (2, "--parallel.tp_size=2"),
+        "one": (1,),
+        "four": (4, TP4),
+        "back": (2, "--parallel.tp_size=2"),
+    }
+    stored, source, said = {}, None, {}
+    for name, (ranks, *layout) in layouts.items():
+        target = tiny.folder / "checkpoints" / name
+        arguments = [str(tiny.write("run")), *options, *layout]
+        program = {"arguments": arguments, "world_size": ranks, "target": str(target)}
+        if source is not None:
+            program["source"] = str(source)
+        said[name] = run_world(PROGRAMS, "rewrite", ranks, program, timeout=90)
+        source, reader = target, CheckpointReader(target)
+        stored[name] = {(p.kind, p.name): p for p in reader.parameters()}
+        stored[name] = {key: reader.parameter(*key) for key in stored[name]}
+    assert {kind for kind, _ in stored["two"]} == {*MOMENTS, "master", "anchor", "velocity"}
+    assert stored["two"]["exp_avg", "embedding.weight"].shape == (517, 32)
+    for name, values in stored.items():
+        assert values.keys() == stored["two"].keys()
+        assert all(torch.equal(values[key], stored["two"][key]) for key in values), name
+        assert all(rank["padding_is_zero"] for rank in said[name]), name
+    weights = {k: v for k, v in stored["one"].items() if k[0] == "master"}
+    assert sum(rank["elements"] for rank in said["one"]) == sum(v.numel() for v in weights.values())
+    # 259 rows on the first rank, 258 on the second: one row of padding in each table.
+    last = said["two"][1]
+    assert last["allocated"] - last["elements"] >= 32 * (1 if tied == "true" else 2)
+    folder = tiny.folder / "checkpoints"
+    for file in sorted((folder / "two").glob("rank_*")):
+        assert file.read_bytes() == (folder / "back" / file.name).read_bytes()
 
 
 def test_tied_deltas_are_averaged_over_stages_cut_at_other_places(tiny):

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from megatron_mer.config import ModelConfig
-from megatron_mer.model import Llama, build_layers, init_std, init_tensor, initialise_layer
+from megatron_mer.model import (
+    Llama,
+    build_layers,
+    init_parameter,
+    init_std,
+    init_tensor,
+    initialise_layer,
+)
 
 CONFIG = ModelConfig(
     seq_length=16,
@@ -19,19 +26,23 @@ CONFIG = ModelConfig(
 )
 
 
-class Place:
-    def __init__(self, rank, size):
-        self.rank, self.size = rank, size
+class Part:
+    """One of `parts` slices of `size` places, the last ones shorter."""
+
+    def __init__(self, dim, size, parts, index):
+        share = -(-size // parts)
+        self.dim, self.size = dim, size
+        self.begin, self.end = min(index * share, size), min((index + 1) * share, size)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("rows", [8, 256, 1000, 1028])
 def test_slices_are_cut_from_the_whole(dim, parts, rows):
     shape = (rows, 12)
     whole = init_tensor(7, "a.weight", shape, 0.5)
     for index in range(parts):
-        part = init_tensor(7, "a.weight", shape, 0.5, dim, index, parts)
+        part = init_tensor(7, "a.weight", shape, 0.5, Part(dim, shape[dim], parts, index))
         assert torch.equal(part, whole.chunk(parts, dim)[index])
 
 
@@ -64,9 +75,9 @@ def test_values_are_normal():
 
 
 def test_a_slice_that_does_not_exist_is_an_error():
-    for dim, index, parts in ((0, 0, 3), (2, 0, 1), (1, 2, 2)):
+    for part in (Part(0, 9, 1, 0), Part(2, 4, 1, 0), Part(1, 8, 2, 1)):
         with pytest.raises(ValueError, match=r"a\.weight"):
-            init_tensor(1, "a.weight", (8, 4), 1.0, dim, index, parts)
+            init_tensor(1, "a.weight", (8, 4), 1.0, part)
 
 
 def test_standard_deviations_of_a_model():
@@ -91,18 +102,27 @@ def test_layers_of_ranks_hold_slices_of_the_model(meta):
             with torch.device("meta" if meta else "cpu"):
                 layer = factory()
                 for local, parameter in list(layer.named_parameters()):
-                    split(layer, local, parameter)
-            initialise_layer(layer, name, CONFIG, 2, Place(rank, 2))
+                    split(layer, local, parameter, rank)
+            initialise_layer(layer, name, CONFIG, 2)
             for local, parameter in layer.named_parameters():
                 expected = whole[f"{name}.{local}"]
                 if parameter.dim() == 2:
-                    assert parameter.tensor_model_parallel
-                    expected = expected.chunk(2, parameter.partition_dim)[rank]
+                    expected = expected.chunk(2, parameter.cut.dim)[rank]
                 assert torch.equal(parameter, expected)
                 assert parameter.dtype == torch.float32
 
 
-def split(layer, local, parameter):
+def test_what_is_beyond_the_slice_is_zero():
+    whole = Llama(CONFIG, seed=2).embedding.weight
+    parameter = torch.nn.Parameter(torch.empty(86, 64))
+    for index, held in enumerate([86] * 6 + [84]):
+        parameter.cut = Part(0, 600, 7, index)
+        values = init_parameter(parameter, "embedding.weight", CONFIG, seed=2)
+        assert torch.equal(values[:held], whole[86 * index :][:held])
+        assert not values[held:].any()
+
+
+def split(layer, local, parameter, rank):
     """Replace a matrix by a marked one of half the size, as tensor-parallel layers do."""
     if parameter.dim() == 1:
         return
@@ -110,6 +130,6 @@ def split(layer, local, parameter):
     shape = list(parameter.shape)
     shape[dim] //= 2
     half = torch.nn.Parameter(torch.empty(shape))
-    half.tensor_model_parallel, half.partition_dim = True, dim
+    half.cut = Part(dim, parameter.shape[dim], 2, rank)
     path, _, last = local.rpartition(".")
     setattr(layer.get_submodule(path), last, half)

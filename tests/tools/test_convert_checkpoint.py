@@ -61,6 +61,26 @@ def test_there_and_back_to_the_bit(tiny, project_root):
     assert states[0] == states[1]
 
 
+def test_repeated_heads_and_padded_rows_are_written_once_or_never(tiny, project_root):
+    """One head of keys and values on four ranks, a vocabulary that four does not divide."""
+    uneven = ("--model.num_kv_heads=1", "--model.vocab_size=517")
+    source, there = killed(tiny, "run", *uneven), tiny.folder / "there"
+    done = convert(project_root, source, there, "--tp-size", 4, "--ranks", 8)
+    assert done.returncode == 0, done.stderr
+    name = "step_000000010"
+    before = source / "checkpoints" / name
+    assert equal(before, there / name)
+    owners = {"layers.0.attention.k_proj.weight": 0, "embedding.weight": 0}
+    for path in (there / name).glob("rank_*.json"):
+        for entry in json.loads(path.read_text())["fragments"]:
+            if entry["kind"] == "master" and entry["name"] in owners:
+                owners[entry["name"]] += entry["numel"]
+    assert owners == {"layers.0.attention.k_proj.weight": 8 * 32, "embedding.weight": 517 * 32}
+    back = tiny.folder / "back"
+    assert convert(project_root, there / name, back, "--tp-size", 1).returncode == 0
+    assert equal(before, back / name)
+
+
 def test_a_run_resumes_from_it_as_from_the_original(tiny, project_root):
     source = killed(tiny, "run")
     other = tiny.folder / "other"
@@ -78,7 +98,8 @@ def test_a_run_resumes_from_it_as_from_the_original(tiny, project_root):
 def test_bad_input_is_told(tiny, project_root):
     source, dest = killed(tiny, "run"), tiny.folder / "dest"
     for arguments, words in (
-        (("--tp-size", 4), "a divisor of num_kv_heads, which is 2"),
+        (("--tp-size", 3), "a divisor of num_heads, which is 4"),
+        (("--tp-size", 3), "a divisor or a multiple of num_kv_heads, which is 2"),
         (("--tp-size", 2, "--ranks", 3), "ranks: given 3; allowed: a multiple of tp_size 2"),
         (("--tp-size", 0), "tp_size: given 0"),
     ):

@@ -20,8 +20,9 @@ STILL = ("--optimizer.lr=1e-30",)
 
 @pytest.fixture
 def base(tiny) -> Path:
-    """A GQA Llama in bf16, in shards, with rope scaling and the tokenizer of the tiny corpus."""
-    changes = {"vocab_size": 512, "rope_parameters": LLAMA3, "max_shard_size": "40KB"}
+    """A GQA Llama in bf16, in shards, with rope scaling, the tokenizer of the tiny corpus and three
+    rows more than that has ids."""
+    changes = {"vocab_size": 515, "rope_parameters": LLAMA3, "max_shard_size": "40KB"}
     folder = hf_folder(tiny.folder / "base", torch.bfloat16, **changes)
     shutil.copyfile(tiny.corpus / "tok.model", folder / "tokenizer.model")
     return folder
@@ -40,7 +41,7 @@ def from_hf(base: Path, tasks=("de",), **keys):
     return change
 
 
-@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
 def test_through_a_layout_and_back_to_the_bit(tiny, base, tp_size, pp_size):
     layout = (f"--parallel.tp_size={tp_size}", f"--parallel.pp_size={pp_size}")
     tiny.train(tiny.write("run", from_hf(base)), *layout, *STILL, world_size=tp_size * pp_size)
@@ -48,6 +49,46 @@ def test_through_a_layout_and_back_to_the_bit(tiny, base, tp_size, pp_size):
     assert same_bytes(base, export)
     assert (export / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
     assert not list(export.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_vocabulary_grows_alike_at_any_layout(tiny, tp_size):
+    """Ids 300 and above are new to the folder's own tokenizer, a part of the corpus's."""
+    base = hf_folder(tiny.folder / "base", vocab_size=300)
+    shutil.copyfile(tiny.corpus / "tok.model", tiny.folder / "whole.model")
+    cut_vocabulary(tiny.folder / "whole.model", base / "tokenizer.model", 300)
+    config = tiny.write("run", from_hf(base))
+    tiny.train(config, f"--parallel.tp_size={tp_size}", *STILL, world_size=tp_size)
+    grown, old = tensors(tiny.folder / "run/hf/step_000000002_de"), tensors(base)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert grown[name].shape == (512, 32)
+        assert torch.equal(grown[name][:300], old[name])
+        for row in (300, 401, 511):
+            assert torch.equal(grown[name][row], mean_of_pieces(base, tiny, row, old[name]))
+    log = (tiny.folder / "run/train.log").read_text()
+    assert "with 212 new rows" in log
+
+
+def cut_vocabulary(source: Path, target: Path, count: int) -> None:
+    """The first pieces of a SentencePiece model, as a model."""
+    from sentencepiece import sentencepiece_model_pb2 as format
+
+    model = format.ModelProto.FromString(source.read_bytes())
+    del model.pieces[count:]
+    target.write_bytes(model.SerializeToString())
+
+
+def mean_of_pieces(base: Path, tiny, row: int, old: torch.Tensor) -> torch.Tensor:
+    """The mean that a new row must be, by the library itself."""
+    from sentencepiece import SentencePieceProcessor
+
+    own = SentencePieceProcessor(str(base / "tokenizer.model"))
+    piece = SentencePieceProcessor(str(tiny.corpus / "tok.model")).IdToPiece(row)
+    text = piece.replace("\u2581", " ")
+    pieces = own.EncodeAsPieces(text.removeprefix(" "))
+    if not text.startswith(" ") and len(pieces) > 1 and pieces[0] == "\u2581":
+        pieces = pieces[1:]
+    return old[[own.PieceToId(one) for one in pieces]].double().mean(0).float()
 
 
 def test_a_tied_model_and_one_more_data_rank(tiny):

@@ -6,6 +6,7 @@ import pytest
 
 pytestmark = pytest.mark.dist
 
+RUNS = ("many", "one")
 LAYOUTS = {
     "tp2": (2, "--parallel.tp_size=2"),
     "pp2": (2, "--parallel.pp_size=2"),
@@ -51,6 +52,37 @@ def test_layouts_train_the_same_model(tiny, tied):
         assert len(losses) == len(wanted) == 4
         for mine, reference in zip(losses, wanted, strict=True):
             assert mine == pytest.approx(reference, abs=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("ranks", "kv_heads", "options"),
+    [
+        (4, 2, ("--parallel.tp_size=4",)),
+        pytest.param(2, 1, ("--parallel.tp_size=2",), marks=pytest.mark.slow),
+        pytest.param(
+            8, 2, ("--parallel.tp_size=4", "--parallel.pp_size=2"), marks=pytest.mark.slow
+        ),
+        (4, 1, ("--parallel.tp_size=2", "--parallel.activation_checkpointing=full")),
+    ],
+    ids=["tp4", "tp2", "tp4_pp2", "tp2_dp2_ckpt"],
+)
+def test_repeated_heads_and_a_padded_vocabulary(tiny, ranks, kv_heads, options, tied):
+    """Fewer heads of keys and values than ranks, a vocabulary that the ranks do not divide."""
+
+    def change(config):
+        config["model"].update(tie_embeddings=tied, num_kv_heads=kv_heads, vocab_size=517)
+        config["model"].update(head_dim=12, rope_scaling={"kind": "linear", "factor": 2.0})
+        config["reptile"].update(momentum=0.5, nesterov=True)
+
+    tiny.train(tiny.write("one", change))
+    tiny.train(tiny.write("many", change), *options, world_size=ranks)
+    assert_same_curves(tiny, "many", "one", 1e-5)
+    moved = [[line for line in tiny.lines(name) if "reptile_delta_norm" in line] for name in RUNS]
+    assert len(moved[0]) == len(moved[1]) == 5
+    for mine, reference in zip(*moved, strict=True):
+        for key in ("reptile_delta_norm", "reptile_delta_cosine"):
+            assert mine[key] == pytest.approx(reference[key], rel=1e-4), key
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megatron_mer.checkpoint.huggingface.folder import HuggingFaceFolder
 from megatron_mer.checkpoint.huggingface.names import EMBEDDING, HEAD, VOCABULARY, hf_name
-from megatron_mer.checkpoint.layout import Fragment
+from megatron_mer.checkpoint.layout import Fragment, slice_shape
 from megatron_mer.errors import ForeignCheckpointError, Problem
+from megatron_mer.parallel import slice_bounds
 
 _ROWS_AT_ONCE = 4096
 
@@ -92,11 +93,11 @@ class HuggingFaceReader:
         if shape != fragment.global_shape:
             given = f"has the shape {shape}, the run wants {fragment.global_shape}"
             raise ForeignCheckpointError([Problem(f"{self._folder.path}: {name}", given)])
-        part = list(shape)
+        dim, cut = fragment.tp_dim, (fragment.tp_size, fragment.tp_rank)
+        part = slice_shape(shape, dim, *cut)
         begin = [0] * len(shape)
-        if fragment.tp_dim is not None:
-            part[fragment.tp_dim] //= fragment.tp_size
-            begin[fragment.tp_dim] = fragment.tp_rank * part[fragment.tp_dim]
+        if dim is not None:
+            begin[dim], _ = slice_bounds(shape[dim], *cut)
         width = math.prod(part[1:])
         first, last = fragment.start // width, -(-fragment.stop // width)
         columns = None if len(shape) == 1 else (begin[1], begin[1] + part[1])

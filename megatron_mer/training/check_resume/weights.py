@@ -113,7 +113,7 @@ def _element(entry: dict[str, Any], at: int) -> str:
     """Where element `at` of a fragment stands in its whole parameter."""
     shape, dim = list(entry["global_shape"]), entry["tp_dim"]
     if dim is not None:
-        shape[dim] //= entry["tp_size"]
+        shape[dim] = -(-shape[dim] // entry["tp_size"])
     place = _unravel(entry["start"] + at, shape)
     if dim is not None:
         place[dim] += entry["tp_rank"] * shape[dim]
