@@ -19,6 +19,7 @@ Nothing is read but safetensors. The source stays as it is. See docs/huggingface
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -170,7 +171,9 @@ def from_hf(options: argparse.Namespace) -> None:
         )  # fmt: skip
         print(check)
         check.require()
-    print(f"start from it with checkpoint.init_from: {options.output}@0")
+    print(f"start from it with checkpoint.init_from: {options.output}@0 and this model, with a")
+    print("seq_length of yours:")
+    print("model: " + json.dumps({**folder.keys, "vocab_size": vocabulary.rows}))
 
 
 def to_hf(options: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,29 @@ def test_the_first_batch_has_the_loss_of_transformers(tiny, base):
     found = tiny.lines("run")[0]["loss"]
     assert found == pytest.approx(expected, abs=1e-5)
     assert abs(found - tiny.lines("run")[-1]["loss"]) > 1e-3
+
+
+def test_a_converted_folder_is_started_from_like_a_run(tiny, base, project_root):
+    tool = [sys.executable, str(project_root / "tools/convert_checkpoint.py")]
+    ours = tiny.folder / "ours"
+    arguments = ["from-hf", str(base), "--output", str(ours), "--no-check"]
+    done = subprocess.run([*tool, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    model = yaml.safe_load(done.stdout.splitlines()[-1])["model"]
+
+    def change(config):
+        from_hf(base)(config)
+        config["model"] = {**model, "seq_length": 32}
+        config["checkpoint"]["init_from"] = f"{ours}@0"
+
+    config = tiny.write("run", change)
+    assert "is not known; name it, or a stand-in" in said(tiny, config, "--dry-run")
+    tiny.train(config)
+    tiny.train(tiny.write("straight", from_hf(base)))
+    assert tiny.results("run") == tiny.results("straight")
+    last = "hf/step_000000002_de"
+    assert same_bytes(tiny.folder / "run" / last, tiny.folder / "straight" / last)
+    assert (tiny.folder / "run" / last / "tokenizer.model").exists()
 
 
 def test_every_task_is_exported_while_training_goes_on(tiny, base):
