@@ -6,7 +6,6 @@ import pytest
 
 pytestmark = pytest.mark.dist
 
-RUNS = ("many", "one")
 LAYOUTS = {
     "tp2": (2, "--parallel.tp_size=2"),
     "pp2": (2, "--parallel.pp_size=2"),
@@ -27,6 +26,20 @@ def assert_same_curves(tiny, name, reference, tolerance):
         assert worst <= tolerance, f"{name}: {key} is {worst} off {reference}"
 
 
+def assert_same_reptile(tiny, name, reference):
+    moved, wanted = (
+        [line for line in tiny.lines(run) if "reptile_delta_norm" in line]
+        for run in (name, reference)
+    )
+    assert len(moved) == len(wanted) == 5
+    for mine, line in zip(moved, wanted, strict=True):
+        for key in ("reptile_delta_norm", "reptile_delta_cosine"):
+            if line[key] is None:
+                assert mine[key] is None
+            else:
+                assert mine[key] == pytest.approx(line[key], rel=1e-4), (name, key)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_layouts_train_the_same_model(tiny, tied):
     def change(config):
@@ -39,14 +52,7 @@ def test_layouts_train_the_same_model(tiny, tied):
     for name, (ranks, *options) in layouts.items():
         tiny.train(tiny.write(name, change), *options, world_size=ranks)
         assert_same_curves(tiny, name, "one", 1e-5)
-        moved = [line for line in tiny.lines(name) if "reptile_delta_norm" in line]
-        assert len(moved) == len(reptile) == 5
-        for mine, reference in zip(moved, reptile, strict=True):
-            for key in ("reptile_delta_norm", "reptile_delta_cosine"):
-                if reference[key] is None:
-                    assert mine[key] is None
-                else:
-                    assert mine[key] == pytest.approx(reference[key], rel=1e-4), (name, key)
+        assert_same_reptile(tiny, name, "one")
         losses = [line["losses"] for line in tiny.lines(name, "evaluations.jsonl")]
         wanted = [line["losses"] for line in tiny.lines("one", "evaluations.jsonl")]
         assert len(losses) == len(wanted) == 4
@@ -78,11 +84,7 @@ def test_repeated_heads_and_a_padded_vocabulary(tiny, ranks, kv_heads, options, 
     tiny.train(tiny.write("one", change))
     tiny.train(tiny.write("many", change), *options, world_size=ranks)
     assert_same_curves(tiny, "many", "one", 1e-5)
-    moved = [[line for line in tiny.lines(name) if "reptile_delta_norm" in line] for name in RUNS]
-    assert len(moved[0]) == len(moved[1]) == 5
-    for mine, reference in zip(*moved, strict=True):
-        for key in ("reptile_delta_norm", "reptile_delta_cosine"):
-            assert mine[key] == pytest.approx(reference[key], rel=1e-4), key
+    assert_same_reptile(tiny, "many", "one")
 
 
 @pytest.mark.slow
