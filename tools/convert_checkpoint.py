@@ -153,7 +153,7 @@ def from_hf(options: argparse.Namespace) -> None:
     folder = HuggingFaceFolder(options.source)
     folder.check()
     tokenizer = tokenizer_of(options.tokenizer, folder.path)
-    vocabulary = rows_for(folder, tokenizer)
+    vocabulary = rows_for(folder, tokenizer, options.tokenizer)
     reader = HuggingFaceReader(folder, vocabulary)
     reader.check_tied()
     model = foreign_model(folder, vocabulary.rows)

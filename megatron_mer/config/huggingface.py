@@ -85,9 +85,10 @@ def no_llama(values: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(key, str(values[key])[:80], "false or absent")
     if (act := values.get("hidden_act", "silu")) not in ("silu", "swish"):
         yield Problem("hidden_act", f"{act!r}", "'silu'")
-    if (share := values.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
-        yield Problem("partial_rotary_factor", f"{share}", "1.0")
     rope = _rope(values)
+    share = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor")
+    if share not in (None, 1.0):
+        yield Problem("partial_rotary_factor", f"{share}", "1.0")
     if _rope_kind(rope) not in (*_ROPE_KEYS, "default"):
         allowed = ", ".join(("default", *_ROPE_KEYS))
         yield Problem("rope_scaling", f"rope_type {_rope_kind(rope)!r}", allowed)

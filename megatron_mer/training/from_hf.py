@@ -94,18 +94,24 @@ def open_folder(config: RunConfig, tokenizer: Tokenizer) -> tuple[HuggingFaceFol
         raise ConfigError(
             [replace(one, path=KEY, given=f"{one.path}: {one.given}") for one in error.problems]
         ) from error
-    return folder, rows_for(folder, tokenizer)
+    return folder, rows_for(folder, tokenizer, config.tokenizer)
 
 
-def rows_for(folder: HuggingFaceFolder, tokenizer: Tokenizer) -> NewRows:
+def rows_for(folder: HuggingFaceFolder, tokenizer: Tokenizer, spec: str | None) -> NewRows:
     """The rows of a model that starts from a folder with a tokenizer.
 
+    Args:
+        folder: checked.
+        tokenizer: the run's.
+        spec: its name; None: it is the folder's own.
+
     Raises:
+        DataError: the folder's own tokenizer cannot be read.
         ConfigError: the tokenizer is not the folder's own, nor extends it.
     """
     from megatron_mer.checkpoint.huggingface import NewRows, extended, own_tokenizer
 
-    own = own_tokenizer(folder.path, tokenizer.kind)
+    own = own_tokenizer(folder.path, spec)
     if own is not None:
         return extended(own, tokenizer, folder.rows)
     if tokenizer.vocab_size > folder.rows:

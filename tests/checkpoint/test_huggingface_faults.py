@@ -93,6 +93,7 @@ def test_a_missing_head_and_a_tied_one_that_differs(folder):
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "llama3 without low_freq"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
         ({"hidden_size": None}, "hidden_size: None; allowed: a whole number"),
         ({"head_dim": 16}, "misshaped tensors: model.layers.0.self_attn.q_proj.weight [32, 32] "),
     ],

@@ -31,22 +31,30 @@ _BESIDE = (
 ALL = tuple(dict.fromkeys((*_MAIN.values(), *_BESIDE)))
 
 
-def own_tokenizer(folder: Path, kind: str | None = None) -> Tokenizer | None:
-    """The tokenizer that lies in a folder; None where there is none that can be told.
+def own_tokenizer(folder: Path, like: str | None = None) -> Tokenizer | None:
+    """The tokenizer that lies in a folder; None where there is none.
 
     Args:
         folder: of a checkpoint.
-        kind: which one where there are several; None: the first that can be read.
+        like: `kind:place#more`: that kind is tried first, with what it says behind the `#`.
+
+    Raises:
+        DataError: there is one, and it cannot be read.
     """
-    kinds = [kind] if kind else list(_MAIN)
-    for one in kinds:
-        if not (folder / _MAIN[one]).is_file():
+    first, _, place = (like or "").partition(":")
+    more = f"#{place.partition('#')[2]}" if "#" in place else ""
+    failures: list[DataError] = []
+    for kind in sorted(_MAIN, key=lambda one: one != first):
+        if not (folder / _MAIN[kind]).is_file():
             continue
-        try:
-            return load_tokenizer(f"{one}:{folder / _MAIN[one]}")
-        except DataError:
-            continue
-    return own_tokenizer(folder) if kind else None
+        for suffix in dict.fromkeys((more if kind == first else "", "")):
+            try:
+                return load_tokenizer(f"{kind}:{folder / _MAIN[kind]}{suffix}")
+            except DataError as error:
+                failures.append(error)
+    if failures:
+        raise failures[0]
+    return None
 
 
 @dataclass(frozen=True)
