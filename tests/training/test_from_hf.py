@@ -168,6 +168,19 @@ def test_every_task_is_exported_while_training_goes_on(tiny, base):
     assert loaded.config.rope_parameters["rope_type"] == "llama3"
 
 
+def test_an_export_that_fails_costs_the_run_nothing(tiny, base):
+    config = tiny.write("run", from_hf(base))
+    (tiny.folder / "run").mkdir()
+    (tiny.folder / "run/hf").write_text("in the way")
+    tiny.train(config)
+    assert json.loads((tiny.folder / "run/status.json").read_text())["status"] == "done"
+    log = (tiny.folder / "run/train.log").read_text()
+    assert "step_000000002 was not written for Hugging Face" in log
+    (tiny.folder / "run/hf").unlink()
+    tiny.train(config)
+    assert (tiny.folder / "run/hf/step_000000002_de/model.safetensors").exists()
+
+
 def test_it_resumes_without_the_folder_and_to_the_bit(tiny, base):
     options = ("--checkpoint.every_steps=1",)
     tiny.train(tiny.write("alone", from_hf(base, ("en", "de"))), *options)
