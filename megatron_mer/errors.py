@@ -74,6 +74,12 @@ class CheckpointError(MegatronMerError):
     """A checkpoint cannot be written, is damaged, or does not fit the run."""
 
 
+class ForeignCheckpointError(CheckpointError):
+    """A Hugging Face folder is no Llama, is damaged, or does not fit the run."""
+
+    exit_code = 2
+
+
 class RunStopped(MegatronMerError):
     """A run ended early as its configuration asks for, with a checkpoint to go on from."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def sync_file(path: Path) -> None:
 
 
 _CHUNK = 1 << 20  # bytes read at once
+BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+"""Size of an element by safetensors' name of its dtype."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,8 @@ def safetensors_chunks(
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time.
 
-    The format is 8 bytes of header length (little endian), a JSON header, then the tensors
-    without a gap. Writing it here and not with `safetensors.torch.save_file` keeps the host memory
-    at one fragment beyond the live state: that function first turns all tensors into bytes.
+    Writing it here and not with `safetensors.torch.save_file` keeps the host memory at one fragment
+    beyond the live state: that function first turns all tensors into bytes.
 
     Args:
         fragments: what goes in; of their tensors only size and dtype are looked at.
@@ -121,25 +123,36 @@ def safetensors_chunks(
     """
     # Wide dtypes first: with a header padded to 8 bytes every tensor is then aligned.
     ordered = sorted(fragments, key=lambda fragment: -fragment.tensor.element_size())
-    header, offset = {}, 0
+    entries = [(one.key, DTYPE_NAMES[one.tensor.dtype], [one.numel]) for one in ordered]
+    yield safetensors_header(entries)
     for fragment in ordered:
-        end = offset + fragment.numel * fragment.tensor.element_size()
-        dtype = DTYPE_NAMES[fragment.tensor.dtype]
-        header[fragment.key] = {
-            "dtype": dtype,
-            "shape": [fragment.numel],
-            "data_offsets": [offset, end],
-        }
+        yield raw_bytes(read(fragment))
+
+
+def safetensors_header(
+    entries: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What stands before the tensors of a safetensors file.
+
+    The format is 8 bytes of header length (little endian), a JSON header, then the tensors without
+    a gap.
+
+    Args:
+        entries: name, safetensors' dtype and shape of each tensor, in the file's order.
+        metadata: of the file.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    offset = 0
+    for key, dtype, shape in entries:
+        end = offset + math.prod(shape) * BYTES[dtype]
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for fragment in ordered:
-        yield _raw(read(fragment))
+    return len(text).to_bytes(8, "little") + text
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a 1-D tensor; a copy only where it lies on another device or is strided."""
-    host = tensor.detach().to("cpu").contiguous()
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor; a copy only where it lies on another device or is strided."""
+    host = tensor.detach().to("cpu").contiguous().view(-1)
     return memoryview(host.view(torch.uint8).numpy().data)

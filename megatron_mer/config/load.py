@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from megatron_mer.config.checks import check_run
+from megatron_mer.config.from_hf import KEY, fill_from_hf
 from megatron_mer.config.model_schema import ModelConfig
 from megatron_mer.config.parse import parse_run, show, write_out
 from megatron_mer.config.schema import RunConfig
@@ -37,8 +38,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     document = _read_file(Path(path), ())
     _apply_overrides(document, overrides)
-    run, problems = parse_run(document.data)
-    problems = [*document.problems, *problems, *check_run(run)]
+    filled, foreign = fill_from_hf(document.data)
+    run, problems = parse_run(filled)
+    if any(problem.path == KEY for problem in foreign):  # Then the dimensions are not there.
+        problems = [one for one in problems if one.given != "missing"]
+    problems = [*document.problems, *foreign, *problems, *check_run(run)]
     if problems:
         raise ConfigError(list(_with_places(problems, document)))
     return cast(RunConfig, run)

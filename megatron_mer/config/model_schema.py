@@ -52,6 +52,9 @@ class ModelConfig:
 
     size: Text | None = None
     """A named shape (megatron_mer/config/sizes.py); dimensions given beside it override its own."""
+    from_hf: Text | None = None
+    """A local Hugging Face folder (config.json, *.safetensors) whose weights the run starts from.
+    Dimensions that are not given are its own; the tokenizer is its own, or one that extends it."""
     seq_length: Count
     """S, tokens of a row. A dataset of n tokens has (n - 1) // S samples."""
     hidden_size: Count

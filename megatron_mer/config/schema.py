@@ -285,6 +285,9 @@ class CheckpointConfig:
     init_stream: Literal["ledger", "none"] = "ledger"
     """ledger: what that run was trained on stands before the stream as trained_before entries,
     unless the stream has such entries; none: it does not."""
+    export_hf: Flag = False
+    """At each task's end write the fast weights for Hugging Face as well, into output_dir/hf, in
+    the background."""
 
 
 @dataclass(frozen=True, kw_only=True)

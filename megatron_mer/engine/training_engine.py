@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_mer.checkpoint import CheckpointReader, Fragment
+from megatron_mer.checkpoint.huggingface import HuggingFaceReader
 from megatron_mer.config import RunConfig
 from megatron_mer.data.batches import MicroBatch, RankBatch
 from megatron_mer.engine.deepspeed_config import deepspeed_config, num_micro_batches
@@ -255,8 +256,10 @@ class TrainingEngine:
         self.masters.publish()
 
     @torch.no_grad()
-    def start_from(self, reader: CheckpointReader, kind: str, updates: int) -> None:
-        """Take another run's weights, before anything was trained. Collective.
+    def start_from(
+        self, reader: CheckpointReader | HuggingFaceReader, kind: str, updates: int
+    ) -> None:
+        """Take the weights of another run or folder, before anything was trained. Collective.
 
         Args:
             reader: the open checkpoint.

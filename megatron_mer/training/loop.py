@@ -23,8 +23,9 @@ from megatron_mer.log import get_logger
 from megatron_mer.model import Dimensions
 from megatron_mer.training.bounds import bound_text, over_bound
 from megatron_mer.training.console import Progress
-from megatron_mer.training.copies import SECONDS_AT_THE_END, copier
+from megatron_mer.training.copies import SECONDS_AT_THE_END
 from megatron_mer.training.evaluation import Evaluator
+from megatron_mer.training.exports import AfterCheckpoint
 from megatron_mer.training.learning_rate import lr_of
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
@@ -91,7 +92,7 @@ class Trainer:
         self._settings = settings(prepared)
         self._saved_at = -1
         self._log = StepLog(prepared.plan.total_batches)
-        self._copies = copier(prepared.config, outputs) if rank == 0 else NoCopies()
+        self._copies = AfterCheckpoint(prepared.config, outputs) if rank == 0 else NoCopies()
         self._checkpoints = CheckpointWriter(
             outputs.checkpoints,
             rank=rank,

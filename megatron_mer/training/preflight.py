@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import TypeVar
 
 from megatron_mer.config import RunConfig, check_layout, resolve_vocab
+from megatron_mer.config.from_hf import KEY
 from megatron_mer.continual.plan import Plan
 from megatron_mer.continual.stream import plan_spec
 from megatron_mer.data.evaluation_set import EvaluationSet
@@ -19,6 +20,7 @@ from megatron_mer.errors import ConfigError, DataError, Problem
 from megatron_mer.log import get_logger
 from megatron_mer.optim.schedule import check_schedule
 from megatron_mer.training.copy_target import copy_target_problems
+from megatron_mer.training.from_hf import refuse_two_starts, with_foreign_rows
 from megatron_mer.training.gone_datasets import GoneDataset, is_gone, known_datasets
 from megatron_mer.training.learning_rate import check_tasks
 from megatron_mer.training.outputs import RunDirectory
@@ -60,13 +62,11 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
             that was changed on the way asks for other samples than one that begins now.
     """
     problems: list[Problem] = []
+    refuse_two_starts(config)
     config = with_old_stream(config, fresh)
     tokenizer = _collect(problems, "tokenizer", lambda: load_tokenizer(config.tokenizer))
     if tokenizer is not None:
-        resolved = _collect(
-            problems, "model.vocab_size", lambda: resolve_vocab(config, tokenizer.vocab_size)
-        )
-        config = resolved or config
+        config = _with_vocab(config, tokenizer, fresh, problems)
         fits = functools.partial(_warm_start, config, tokenizer.fingerprint, fresh)
         problems += _collect(problems, "checkpoint.init_from", fits) or []
     problems += check_layout(config, world_size)
@@ -91,6 +91,17 @@ def prepare(config: RunConfig, world_size: int, fresh: bool = False) -> Prepared
     if problems or tokenizer is None or plan is None:
         raise ConfigError(problems)
     return Prepared(config, tokenizer, training, valid, plan, gone)
+
+
+def _with_vocab(
+    config: RunConfig, tokenizer: Tokenizer, fresh: bool, problems: list[Problem]
+) -> RunConfig:
+    """The configuration with its number of rows, as far as it can be told."""
+    rows = _collect(problems, KEY, lambda: with_foreign_rows(config, tokenizer, fresh))
+    if rows is None:  # What it would have been is not known, and was said.
+        return config
+    size = tokenizer.vocab_size
+    return _collect(problems, "model.vocab_size", lambda: resolve_vocab(rows, size)) or config
 
 
 def _warm_start(config: RunConfig, fingerprint: str, fresh: bool) -> list[Problem]:

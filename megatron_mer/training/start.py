@@ -31,8 +31,10 @@ from megatron_mer.optim.schedule import end_of_schedule, horizon, lr_at
 from megatron_mer.parallel import Layout
 from megatron_mer.training.bring_back import bring_back
 from megatron_mer.training.buffer_folder import set_aside
-from megatron_mer.training.copies import copier, refuse_fresh
+from megatron_mer.training.copies import refuse_fresh
 from megatron_mer.training.dropped import dropped_tasks, without_dropped
+from megatron_mer.training.exports import AfterCheckpoint
+from megatron_mer.training.from_hf import begin_with_folder, keep_folder
 from megatron_mer.training.loop import Trainer
 from megatron_mer.training.outputs import RunDirectory, Status
 from megatron_mer.training.preflight import Prepared
@@ -215,6 +217,8 @@ def _train(
     engine = TrainingEngine(config, layout, rank)
     if info is None and config.checkpoint.init_from is not None:
         _take_weights(engine, config, state, rank)
+    elif info is None and config.model.from_hf is not None:
+        begin_with_folder(engine, prepared, rank)
     reptile = Reptile(config.reptile, engine.masters) if config.reptile else None
     if info is not None:
         reader = CheckpointReader(info.path, rank=rank, verified=True)
@@ -325,6 +329,8 @@ def _record_start(
     _warn_of_slow_bf16(prepared.config)
     outputs.cut_to(state.batches)
     _describe_run(prepared, outputs, world_size)
+    if info is None:
+        keep_folder(prepared, outputs.root)
     config, plan = prepared.config, prepared.plan
     logger.info(
         "%s: %d batches of %d rows x %d tokens, tasks %s; process %d",
@@ -367,6 +373,6 @@ def _end(
         outputs.write_status("done", state.updates)
     logger.info("the run is done: %d batches; --fresh begins anew", state.batches)
     show_results(outputs)
-    copies = copier(prepared.config, outputs)
+    copies = AfterCheckpoint(prepared.config, outputs)
     copies.start()
     copies.finish(None)

@@ -69,7 +69,7 @@ def old_run(text: str) -> OldRun:
     place, _, step = text.rpartition("@")
     root = Path(place)
     steps = {parse_step(path.name): path for path in step_directories(root / "checkpoints")}
-    listed = ", ".join(str(step) for step in sorted(filter(None, steps)))
+    listed = ", ".join(str(step) for step in sorted(s for s in steps if s is not None))
     if not steps:
         here = "which holds no checkpoint" if root.exists() else "which does not exist"
         given = f"given {text}: {root}, {here}"
@@ -146,6 +146,10 @@ def _entries(config: RunConfig, old: OldRun) -> Iterator[TaskConfig]:
 
     Its datasets are those of which the ledger has fresh samples; several are drawn in those shares.
     """
+    if not old.run_state["history"]:
+        text = "%s: what those weights were trained on is not known; name it, or a stand-in, as "
+        logger.warning(text + "an entry with trained_before: true if it is to be replayed", _KEY)
+        return
     plan = Plan.from_history(old.run_state["history"])
     prefixes = old.run_state["settings"]["prefixes"]
     taken: dict[str, dict[str, float]] = {}

@@ -44,6 +44,18 @@ def test_nothing_is_lost_in_any_language(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_pieces_make_up_the_text(names: Mapping[str, str], handbook: Handbook, kind: str) -> None:
+    tokenizer = load_tokenizer(names[kind])
+    for text in [*ODD[1:], *(texts[0] for texts in handbook.values())]:
+        pieces = [tokenizer.piece(int(number)) for number in tokenizer.encode(text)]
+        whole = b"".join(piece.text for piece in pieces if piece).decode()
+        assert whole.removeprefix(" ") == text.removeprefix(" ")
+    end = tokenizer.piece(tokenizer.eod_id)
+    assert end is not None
+    assert end.text == end.name.encode()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_threads_and_batches_change_nothing(
     names: Mapping[str, str], handbook: Handbook, kind: str
 ) -> None:

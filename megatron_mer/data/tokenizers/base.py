@@ -29,6 +29,16 @@ class FlatIds:
         return np.split(self.tokens, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What an id of a vocabulary stands for."""
+
+    name: str
+    """As the tokenizer's own file writes it."""
+    text: bytes
+    """The text, UTF-8, perhaps a part of a character; a control token's own name."""
+
+
 class Encoder(Protocol):
     """Turns many texts into ids."""
 
@@ -68,6 +78,9 @@ class Tokenizer(Encoder, Protocol):
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """Return the text of ids; ids that are no text, such as eod_id, give none."""
+
+    def piece(self, number: int) -> Piece | None:
+        """Return what an id in [0, vocab_size) stands for; None if it stands for nothing."""
 
     def num_bytes(self, samples: NDArray[np.int64]) -> int | None:
         """Return the UTF-8 bytes that the ids of samples add to the text of the id before them.

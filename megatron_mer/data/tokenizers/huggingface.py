@@ -22,6 +22,7 @@ from megatron_mer.data.sidecar import file_sha256
 from megatron_mer.data.tokenizers.base import (
     UNKNOWN,
     FlatIds,
+    Piece,
     PieceBytes,
     checked_ids,
     flatten,
@@ -88,6 +89,18 @@ class HuggingFaceTokenizer:
         numbers = checked_ids(ids, self.vocab_size, self.path)
         return str(self._model.decode(numbers, skip_special_tokens=True))
 
+    def piece(self, number: int) -> Piece | None:
+        """Return what an id stands for; a vocabulary may have gaps."""
+        name = self._model.id_to_token(number)
+        if name is None:
+            return None
+        if number in self._added or self._style != "ByteLevel":
+            if BYTE_TOKEN.fullmatch(name):
+                return Piece(name, bytes([int(name[3:5], 16)]))
+            space = "" if number in self._added else SPACES[self._style]
+            return Piece(name, (name.replace(space, " ") if space else name).encode())
+        return Piece(name, bytes(_BYTE_OF[character] for character in name))
+
     def num_bytes(self, samples: NDArray[np.int64]) -> int | None:
         """Return the UTF-8 bytes that the ids of samples add; see `Tokenizer.num_bytes`."""
         return self._pieces.count(samples, self.eod_id)
@@ -123,11 +136,19 @@ class HuggingFaceTokenizer:
         )
 
     @cached_property
+    def _added(self) -> dict[int, Any]:
+        added: dict[int, Any] = self._model.get_added_tokens_decoder()
+        return added
+
+    @cached_property
+    def _style(self) -> str:
+        decoder = json.loads(self._model.to_str()).get("decoder") or {}
+        return "ByteLevel" if "ByteLevel" in json.dumps(decoder) else "Metaspace"
+
+    @cached_property
     def _pieces(self) -> PieceBytes:
         table = PieceBytes.empty(self.vocab_size)
-        added = self._model.get_added_tokens_decoder()
-        decoder = json.loads(self._model.to_str()).get("decoder") or {}
-        style = "ByteLevel" if "ByteLevel" in json.dumps(decoder) else "Metaspace"
+        added, style = self._added, self._style
         space, start = SPACES[style], self._model.encode("a", add_special_tokens=False).tokens
         adds_space = bool(start) and start[0].startswith(space)
         unknown = getattr(self._model.model, "unk_token", None)
@@ -144,6 +165,17 @@ class HuggingFaceTokenizer:
                 table.lengths[number] = len(piece.replace(space, " ").encode())
             table.leading[number] = adds_space and piece.startswith(space)
         return table
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters by which byte-level vocabularies write bytes (GPT-2's table)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = {chr(byte): byte for byte in shown}
+    return {**letters, **{chr(256 + place): byte for place, byte in enumerate(hidden)}}
+
+
+_BYTE_OF = _byte_letters()
 
 
 def _stated_end(path: Path) -> str:

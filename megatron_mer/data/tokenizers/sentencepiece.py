@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mer.data.sidecar import file_sha256
-from megatron_mer.data.tokenizers.base import UNKNOWN, FlatIds, PieceBytes, checked_ids, flatten
+from megatron_mer.data.tokenizers.base import (
+    UNKNOWN,
+    FlatIds,
+    Piece,
+    PieceBytes,
+    checked_ids,
+    flatten,
+)
 from megatron_mer.errors import DataError
 
 SPACE = "\u2581"
@@ -85,6 +92,15 @@ class SentencePieceTokenizer:
             DataError: an id is outside the vocabulary.
         """
         return str(self._model.Decode(checked_ids(ids, self.vocab_size, self.path)))
+
+    def piece(self, number: int) -> Piece | None:
+        """Return what an id stands for."""
+        name = str(self._model.IdToPiece(number))
+        if self._model.IsByte(number):
+            return Piece(name, bytes([int(name[3:5], 16)]))
+        if self._model.IsControl(number) or self._model.IsUnknown(number):
+            return Piece(name, name.encode())
+        return Piece(name, name.replace(SPACE, " ").encode())
 
     def num_bytes(self, samples: NDArray[np.int64]) -> int | None:
         """Return the UTF-8 bytes that the ids of samples add; see `Tokenizer.num_bytes`."""

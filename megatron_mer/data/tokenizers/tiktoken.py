@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from megatron_mer.data.tokenizers.base import (
     FlatIds,
+    Piece,
     PieceBytes,
     checked_ids,
     flatten,
@@ -147,6 +148,10 @@ class TiktokenTokenizer:
         numbers = checked_ids(ids, self.vocab_size, self.path)
         return str(self._model.decode([id_ for id_ in numbers if self._pieces.lengths[id_]]))
 
+    def piece(self, number: int) -> Piece | None:
+        """Return what an id stands for; some have gaps between their special tokens."""
+        return self._by_id.get(number)
+
     def num_bytes(self, samples: NDArray[np.int64]) -> int | None:
         """Return the UTF-8 bytes that the ids of samples add; see `Tokenizer.num_bytes`."""
         return self._pieces.count(samples, self.eod_id)
@@ -164,6 +169,12 @@ class TiktokenTokenizer:
             )
         except ValueError as error:
             raise DataError(f"{self.path}: no such tokenizer can be made: {error}") from error
+
+    @cached_property
+    def _by_id(self) -> dict[int, Piece]:
+        ranks = {number: Piece(repr(text), text) for text, number in self.ranks.items()}
+        special = self.scheme.special_tokens.items()
+        return {**ranks, **{number: Piece(name, name.encode()) for name, number in special}}
 
     @cached_property
     def _pieces(self) -> PieceBytes:
