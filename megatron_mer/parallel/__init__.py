@@ -13,7 +13,7 @@ from megatron_mer.parallel.layers import (
     apply_plan,
 )
 from megatron_mer.parallel.loss import vocab_parallel_cross_entropy
-from megatron_mer.parallel.topology import Coordinate, Layout, split_stages
+from megatron_mer.parallel.topology import Coordinate, Layout, split_stages, stage_bounds
 
 __all__ = [
     "ColumnParallelLinear",
@@ -27,5 +27,6 @@ __all__ = [
     "enter_region",
     "reduce_from_region",
     "split_stages",
+    "stage_bounds",
     "vocab_parallel_cross_entropy",
 ]

@@ -1,0 +1,248 @@
+"""Bytes of every rank of a run: what lies there all the time, and what is added in each phase.
+
+A rank of a pipeline stage is like any other of that stage, but for padding and for where the data
+ranks' shares of the optimizer's state are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_mer.analysis.memory import activations as act
+from megatron_mer.analysis.memory.shape import (
+    FP32,
+    Device,
+    RankShape,
+    Stage,
+    num_micro_batches,
+    stages,
+)
+from megatron_mer.config import RunConfig
+from megatron_mer.parallel.topology import Layout
+
+# As in engine/deepspeed_config.py and continual/reptile.py, which need torch.
+LARGEST_BUCKET = 200_000_000
+REPTILE_CHUNK = 1 << 22
+# DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: elements after which a list of gradients is reduced.
+REDUCED_TOGETHER = 500_000_000
+
+Parts = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one rank of a stage."""
+
+    stage: Stage
+    always: Parts
+    """On the device from the first update on."""
+    phases: Mapping[str, Parts]
+    """What each phase of a step adds to that on the device."""
+    host: Parts
+    """In the host's memory, beside programs and libraries; page-locked with a GPU."""
+
+    def total(self, phase: str) -> int:
+        """Bytes on the device in a phase."""
+        return sum(self.always.values()) + sum(self.phases[phase].values())
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that takes the most."""
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device at most."""
+        return self.total(self.peak_phase)
+
+    @property
+    def host_total(self) -> int:
+        """Bytes in the host's memory."""
+        return sum(self.host.values())
+
+
+def plan_memory(config: RunConfig, layout: Layout, device: Device) -> list[StageMemory]:
+    """The memory of a rank of each stage.
+
+    Args:
+        config: a configuration that `check_layout` accepts, its vocabulary size known.
+        layout: the grid of ranks.
+        device: where it trains. In a CPU run device and host are one.
+    """
+    shape = RankShape.of(config, layout, device)
+    found = []
+    for stage in stages(config, layout):
+        model = _Model(config, layout, shape, stage)
+        found.append(
+            StageMemory(
+                stage=stage,
+                always=model.always(),
+                phases={
+                    "backward": model.backward(),
+                    "reduction": model.reduction(),
+                    **({"reptile": model.reptile()} if config.reptile else {}),
+                },
+                host={"checkpoint snapshot": model.snapshot()},
+            )
+        )
+    return found
+
+
+class _Model:
+    """The parts of one stage."""
+
+    def __init__(self, config: RunConfig, layout: Layout, shape: RankShape, stage: Stage) -> None:
+        self.config = config
+        self.shape = shape
+        self.stage = stage
+        self.piped = layout.pp_size > 1
+        self.recompute = config.parallel.activation_checkpointing == "full"
+        self.micro_batches = num_micro_batches(config, layout)
+        # DeepSpeed pads each parameter group, of matrices and of norms, to a multiple of 2 dp.
+        groups = (stage.matrices(shape, config.model.tie_embeddings), stage.vectors(shape))
+        unit = 2 * layout.dp_size
+        self.decayed, self.plain = (-(-count // unit) * unit for count in groups)
+        self.weights = self.decayed + self.plain
+        self.owned = self.weights // layout.dp_size
+
+    @property
+    def fp32(self) -> bool:
+        return self.config.precision == "fp32"
+
+    @property
+    def bucket(self) -> int:
+        """Bytes of ZeRO-1's bucket, which only the fp32 optimizer allocates."""
+        return FP32 * min(self.weights, LARGEST_BUCKET) if self.fp32 else 0
+
+    def always(self) -> dict[str, int]:
+        """ZeRO-1 (Rajbhandari et al. 2020, arXiv 1910.02054): masters and moments are sharded.
+
+        DeepSpeed's BF16_Optimizer keeps fp32 sums of all gradients on each data rank
+        (`fp32_groups_gradients_flat`), and the bf16 gradients of the weights beside them.
+        """
+        parts = {
+            "weights": self.weights * self.shape.width,
+            "fp32 masters": self.owned * FP32,
+            "Adam moments": self.owned * 2 * FP32,
+        }
+        if not self.fp32:
+            parts["gradients"] = self.weights * (self.shape.width + FP32)
+        parts.update(self.reptile_state())
+        if self.piped:
+            # One buffer for received activations and gradients (`_allocate_or_extend_buffers`).
+            parts["pipeline buffer"] = self.shape.stream
+        if self.stage.last:
+            parts["kept logits"] = self.kept_logits()
+        return parts
+
+    def reptile_state(self) -> dict[str, int]:
+        """What `continual/reptile.py` keeps of each owned weight."""
+        reptile = self.config.reptile
+        if reptile is None:
+            return {}
+        parts = {"Reptile anchor": self.owned * FP32}
+        if reptile.momentum:
+            parts["Reptile velocity"] = self.owned * FP32
+        elif reptile.track_cosine:
+            parts["Reptile last delta"] = self.owned * 2
+        return parts
+
+    def kept_logits(self) -> int:
+        """Logits of the micro batch before, and with stages what its graph holds on to.
+
+        The last stage never empties its two `pipe_buffers["outputs"]`, and the graph of kept logits
+        holds the stage's input and the gradient of it.
+        """
+        if self.micro_batches == 1:
+            return 0
+        return self.shape.logits + (2 * self.shape.stream if self.piped else 0)
+
+    def backward(self) -> dict[str, int]:
+        """The fullest moment of forward and backward passes."""
+        parts = {}
+        if self.fp32:
+            parts["gradients"] = self.weights * FP32
+            parts["DeepSpeed's buckets"] = self.bucket
+        saved, logits, passing = max(self._moments(), key=sum)
+        return {
+            **parts,
+            "activations": saved + self._earlier(),
+            "logits and loss": logits,
+            "backward pass": passing,
+        }
+
+    def _earlier(self) -> int:
+        """Activations of the micro batches that wait for their backward pass, whole."""
+        return (self.stage.in_flight - 1) * (self._saved(self.stage.blocks) + self._ends())
+
+    def _ends(self) -> int:
+        """Stage input as it was received, and output, which DeepSpeed keeps beside the graph."""
+        return ((not self.stage.first) + (not self.stage.last)) * self.shape.stream
+
+    def _saved(self, blocks: int) -> int:
+        """What the first blocks of the stage keep of a micro batch."""
+        each = self.shape.stream if self.recompute else act.block_saved(self.shape)
+        return blocks * each
+
+    def _behind_blocks(self) -> int:
+        """What final norm and head keep: the latter's input, and of the norm as much as any does."""
+        norm = self.shape.stream if self.recompute else act.norm_saved(self.shape)
+        return norm + self.shape.stream
+
+    def _moments(self) -> list[tuple[int, int, int]]:
+        """(saved, logits, in passing) when the loss, the head and each block go backward.
+
+        With one micro batch in fp32 no gradient is there before its layer went backward; what is
+        then missing is taken off the last number.
+        """
+        shape, moments = self.shape, []
+        ends = self._ends()
+        whole = self._saved(self.stage.blocks) + ends
+        logits = shape.logits if self.stage.last else 0
+        if self.stage.last:
+            saved = whole + self._behind_blocks()
+            missing = self._missing(self.stage.blocks, head=True)
+            moments.append((saved, logits + act.loss_backward(shape), -missing))
+            again = shape.logits if self.recompute else 0
+            moments.append((saved, logits + again, act.head_backward(shape) - missing))
+        for block in range(self.stage.blocks, 0, -1):
+            again = act.block_saved(shape) if self.recompute else 0
+            passing = act.block_backward(shape) - self._missing(block, head=False)
+            moments.append((self._saved(block) + ends + again, logits, passing))
+        return moments
+
+    def _missing(self, blocks: int, head: bool) -> int:
+        """Bytes of gradients that are not there yet while `blocks` blocks still wait."""
+        if not self.fp32 or self.micro_batches > 1:
+            return 0
+        count = blocks * self.shape.block_matrices + self.stage.first * self.shape.vocab_matrix
+        return FP32 * (count + (head and self.stage.last) * self.shape.vocab_matrix)
+
+    def reduction(self) -> dict[str, int]:
+        """Gradients on their way over the data ranks; it happens with one data rank too.
+
+        fp32, `reduce_gradients`: a second bucket; then a copy of the owned gradients as the first
+        bucket is emptied. bf16, `allreduce_bucket`: a flat copy of gradients that are reduced
+        together, and one in bf16.
+        """
+        if self.fp32:
+            parts = {"gradients": self.weights * FP32}
+            parts["DeepSpeed's buckets"] = self.bucket + max(self.bucket, self.owned * FP32)
+            return parts
+        together = self.weights if self.decayed <= REDUCED_TOGETHER else 0
+        largest = self.weights if together else self.decayed
+        return {"DeepSpeed's buckets": together * FP32 + largest * self.shape.width}
+
+    def reptile(self) -> dict[str, int]:
+        """`Reptile._move`: a delta, two fp64 copies of it; tied weights whole."""
+        tied = self.config.model.tie_embeddings and self.piped
+        whole = self.shape.vocab_matrix if tied and (self.stage.first or self.stage.last) else 0
+        return {
+            "Reptile update": min(REPTILE_CHUNK, self.owned) * (FP32 + 16)
+            + min(whole, self.owned) * FP32
+        }
+
+    def snapshot(self) -> int:
+        """`checkpoint/snapshot.py`: a copy of masters, moments and Reptile's state."""
+        return self.owned * 3 * FP32 + sum(self.reptile_state().values())
