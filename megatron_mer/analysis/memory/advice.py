@@ -50,7 +50,7 @@ class Change:
         return tuple(_distance(*went[key]) if key in went else 0.0 for key in KEYS)
 
     def __str__(self) -> str:
-        return ", ".join(f"{key} {old} -> {new}" for key, old, new in self.settings)
+        return ", ".join(f"{key.split('.')[-1]} {old} -> {new}" for key, old, new in self.settings)
 
 
 def worst_stage(stages: list[StageMemory], device: Device) -> StageMemory:

@@ -24,6 +24,7 @@ from megatron_mer.parallel.topology import Layout
 # As in engine/deepspeed_config.py and continual/reptile.py, which need torch.
 LARGEST_BUCKET = 200_000_000
 REPTILE_CHUNK = 1 << 22
+FP64 = 8
 # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: elements after which a list of gradients is reduced.
 REDUCED_TOGETHER = 500_000_000
 
@@ -133,7 +134,7 @@ class _Model:
             # One buffer for received activations and gradients (`_allocate_or_extend_buffers`).
             parts["pipeline buffer"] = self.shape.stream
         if self.stage.last:
-            parts["kept logits"] = self.kept_logits()
+            parts["kept logits"] = self.kept_logits() if self.micro_batches > 1 else 0
         return parts
 
     def reptile_state(self) -> dict[str, int]:
@@ -149,14 +150,16 @@ class _Model:
         return parts
 
     def kept_logits(self) -> int:
-        """Logits of the micro batch before, and with stages what its graph holds on to.
+        """Logits that stay after their backward pass, and with stages what their graph holds.
 
-        The last stage never empties its two `pipe_buffers["outputs"]`, and the graph of kept logits
+        The last stage never empties its two `pipe_buffers["outputs"]`, and the graph of the logits
         holds the stage's input and the gradient of it.
         """
-        if self.micro_batches == 1:
-            return 0
         return self.shape.logits + (2 * self.shape.stream if self.piped else 0)
+
+    def _last_logits(self) -> dict[str, int]:
+        """Those of the step's last micro batch, once it went backward."""
+        return {"logits and loss": self.kept_logits()} if self.stage.last else {}
 
     def backward(self) -> dict[str, int]:
         """The fullest moment of forward and backward passes."""
@@ -186,7 +189,7 @@ class _Model:
         return blocks * each
 
     def _behind_blocks(self) -> int:
-        """What final norm and head keep: the latter's input, and of the norm as much as any does."""
+        """What the final norm keeps, as any does, and the input of the head."""
         norm = self.shape.stream if self.recompute else act.norm_saved(self.shape)
         return norm + self.shape.stream
 
@@ -204,8 +207,10 @@ class _Model:
             saved = whole + self._behind_blocks()
             missing = self._missing(self.stage.blocks, head=True)
             moments.append((saved, logits + act.loss_backward(shape), -missing))
-            again = shape.logits if self.recompute else 0
-            moments.append((saved, logits + again, act.head_backward(shape) - missing))
+            moments.append((saved, logits, act.head_backward(shape) - missing))
+            if self.recompute:
+                # The head too: its logits are there twice, beside their gradient.
+                moments.append((saved, 2 * logits, shape.logits - missing))
         for block in range(self.stage.blocks, 0, -1):
             again = act.block_saved(shape) if self.recompute else 0
             passing = act.block_backward(shape) - self._missing(block, head=False)
@@ -227,21 +232,25 @@ class _Model:
         together, and one in bf16.
         """
         if self.fp32:
-            parts = {"gradients": self.weights * FP32}
+            parts = {"gradients": self.weights * FP32, **self._last_logits()}
             parts["DeepSpeed's buckets"] = self.bucket + max(self.bucket, self.owned * FP32)
             return parts
         together = self.weights if self.decayed <= REDUCED_TOGETHER else 0
         largest = self.weights if together else self.decayed
-        return {"DeepSpeed's buckets": together * FP32 + largest * self.shape.width}
+        copies = together * FP32 + largest * self.shape.width
+        return {"DeepSpeed's buckets": copies, **self._last_logits()}
 
     def reptile(self) -> dict[str, int]:
         """`Reptile._move`: a delta, two fp64 copies of it; tied weights whole."""
-        tied = self.config.model.tie_embeddings and self.piped
-        whole = self.shape.vocab_matrix if tied and (self.stage.first or self.stage.last) else 0
-        return {
-            "Reptile update": min(REPTILE_CHUNK, self.owned) * (FP32 + 16)
-            + min(whole, self.owned) * FP32
-        }
+        shape = self.shape
+        matrices = [shape.hidden * max(shape.query_width, shape.ffn)]
+        ends = self.stage.first or self.stage.last
+        if ends:
+            matrices.append(shape.vocab_matrix)
+        copied = self.config.model.tie_embeddings and self.piped and ends
+        delta = min(shape.vocab_matrix, self.owned) * FP32 if copied else 0
+        chunk = min(REPTILE_CHUNK, max(matrices), self.owned)
+        return {"Reptile update": delta + chunk * (FP32 + 2 * FP64), **self._last_logits()}
 
     def snapshot(self) -> int:
         """`checkpoint/snapshot.py`: a copy of masters, moments and Reptile's state."""

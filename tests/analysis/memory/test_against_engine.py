@@ -1,0 +1,88 @@
+"""The plan's bytes beside those of tensors that were live while the real engine trained."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_mer.analysis.memory.plan import plan_memory
+from megatron_mer.config import load_config
+from megatron_mer.parallel.topology import Layout
+from megatron_mer.testing import run_world
+
+pytestmark = pytest.mark.dist
+
+PROGRAMS = Path(__file__).with_name("programs.py")
+CONFIG = {
+    "name": "memory",
+    "seed": 1,
+    "precision": "fp32",
+    "model": {
+        "hidden_size": 128,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ffn_hidden_size": 384,
+        "seq_length": 128,
+        "vocab_size": 1024,
+    },
+    "tokenizer": "sentencepiece:none",
+    "batch": {"global_batch_size": 16, "micro_batch_size": 4},
+    "optimizer": {"lr": 1.0e-3},
+    "stream": [{"task": "a", "train": [{"prefix": "none"}], "steps": 3}],
+    "output_dir": "none",
+}
+BF16 = "--precision=bf16"
+PP2, TP2 = "--parallel.pp_size=2", "--parallel.tp_size=2"
+FULL = "--parallel.activation_checkpointing=full"
+TIED = "--model.tie_embeddings=true"
+ONE_MICRO_BATCH = "--batch.global_batch_size=4"
+SHORT = "--model.seq_length=16"
+REPTILE = "--reptile={k: 1, epsilon: 0.5}"
+MOMENTUM = "--reptile={k: 1, epsilon: 0.5, momentum: 0.9}"
+LARGE_VOCABULARY = "--model.vocab_size=8192"
+
+# By name: ranks, options, and the phase in which the plan sees the peak.
+RUNS = {
+    "one rank": (1, (), "backward"),
+    "one rank, one micro batch": (1, (ONE_MICRO_BATCH,), "backward"),
+    "one rank, recomputing": (1, (FULL, LARGE_VOCABULARY), "backward"),
+    "one rank, recomputing, small vocabulary": (1, (FULL, "--batch.micro_batch_size=16"), None),
+    "one rank, tied, momentum": (1, (TIED, MOMENTUM), "backward"),
+    "one rank, Reptile, few tokens": (1, (REPTILE, SHORT), "reduction"),
+    "dp2, few tokens": (2, (SHORT,), "reduction"),
+    "pp2": (2, (PP2,), "backward"),
+    "pp2, tied, recomputing": (2, (PP2, TIED, FULL, MOMENTUM), None),
+    "tp2": (2, (TP2,), "backward"),
+    "tp2, large vocabulary": (2, (TP2, LARGE_VOCABULARY), "backward"),
+    "tp2 pp2": (4, (TP2, PP2, REPTILE), "backward"),
+    "bf16": (1, (BF16, "--batch.global_batch_size=8"), "backward"),
+    "bf16, dp2, few tokens": (2, (BF16, SHORT), "reduction"),
+    "bf16, pp2, momentum": (2, (BF16, PP2, MOMENTUM), "backward"),
+    "bf16, recomputing": (1, (BF16, FULL, "--batch.global_batch_size=8"), None),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_plan_is_within_a_tenth_of_the_peak_of_live_bytes(name, tmp_path, capsys):
+    ranks, options, phase = RUNS[name]
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    config = load_config(path, options)
+    layout = Layout.of(config.parallel, ranks)
+    plan = plan_memory(config, layout, "cpu")
+    arguments = {"arguments": [str(path), *options], "world_size": ranks}
+    measured = run_world(PROGRAMS, "peak", ranks, arguments, timeout=120)
+    for rank, said in enumerate(measured):
+        memory = plan[layout.coordinate(rank).pipe]
+        predicted = memory.peak + memory.host_total
+        print(
+            f"{name}, rank {rank}: {predicted:,} of {said['peak']:,}, {predicted / said['peak']:.3f}"
+            f" ({memory.peak_phase}; {said['where']})"
+        )
+        if not 0.97 < predicted / said["peak"] < 1.03:
+            print(dict(memory.always), dict(memory.phases[memory.peak_phase]), said["large"])
+    for rank, said in enumerate(measured):
+        memory = plan[layout.coordinate(rank).pipe]
+        assert memory.peak + memory.host_total == pytest.approx(said["peak"], rel=0.1), rank
+    assert phase in (None, plan[0].peak_phase)
