@@ -64,7 +64,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_plan_is_within_a_tenth_of_the_peak_of_live_bytes(name, tmp_path, capsys):
+def test_plan_agrees_with_the_peak_of_live_bytes(name, tmp_path, capsys):
     ranks, options, phase = RUNS[name]
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(CONFIG))
@@ -84,5 +84,5 @@ def test_plan_is_within_a_tenth_of_the_peak_of_live_bytes(name, tmp_path, capsys
             print(dict(memory.always), dict(memory.phases[memory.peak_phase]), said["large"])
     for rank, said in enumerate(measured):
         memory = plan[layout.coordinate(rank).pipe]
-        assert memory.peak + memory.host_total == pytest.approx(said["peak"], rel=0.1), rank
+        assert memory.peak + memory.host_total == pytest.approx(said["peak"], rel=0.05), rank
     assert phase in (None, plan[0].peak_phase)
