@@ -29,13 +29,13 @@ from megatron_mer.analysis.memory.advice import (
     worst_stage,
 )
 from megatron_mer.analysis.memory.plan import StageMemory, plan_memory
-from megatron_mer.analysis.memory.shape import Device, num_micro_batches
+from megatron_mer.analysis.memory.shape import Device
 from megatron_mer.command import run_tool
 from megatron_mer.config import RunConfig, check_layout, load_config, resolve_vocab
 from megatron_mer.continual.text_table import table
 from megatron_mer.data.tokenizers import load_tokenizer
 from megatron_mer.errors import ConfigError
-from megatron_mer.parallel.topology import Layout
+from megatron_mer.parallel.topology import Layout, num_micro_batches
 
 GIB = 1 << 30
 WIDTH = 100
@@ -146,7 +146,7 @@ def _as_text(
     fits: bool,
     changes: Sequence[Change],
 ) -> str:
-    count = num_micro_batches(config, layout)
+    count = num_micro_batches(config, layout.dp_size)
     lines = [
         f"{config.name}: {layout.world_size} ranks, tp {layout.tp_size} x pp {layout.pp_size} x "
         f"dp {layout.dp_size}, {config.precision}; a step is {count} micro batches of "

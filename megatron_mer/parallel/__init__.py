@@ -3,7 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from megatron_mer.parallel.topology import Coordinate, Layout, split_stages, stage_bounds
+from megatron_mer.parallel.topology import (
+    Coordinate,
+    Layout,
+    num_micro_batches,
+    split_stages,
+    stage_bounds,
+)
 
 if TYPE_CHECKING:
     from megatron_mer.parallel.collectives import (
@@ -30,6 +36,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "apply_plan",
     "enter_region",
+    "num_micro_batches",
     "reduce_from_region",
     "split_stages",
     "stage_bounds",

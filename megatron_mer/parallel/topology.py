@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_mer.config import ParallelConfig
+from megatron_mer.config import ParallelConfig, RunConfig
 from megatron_mer.errors import ConfigError, LaunchError, Problem
 
 
@@ -95,6 +95,11 @@ class Layout:
             [self.rank_of(pipe, data, model) for pipe in range(self.pp_size)]
             for data, model in itertools.product(range(self.dp_size), range(self.tp_size))
         ]
+
+
+def num_micro_batches(config: RunConfig, dp_size: int) -> int:
+    """Micro batches a data-parallel rank works through for one update."""
+    return config.batch.global_batch_size // (config.batch.micro_batch_size * dp_size)
 
 
 def stage_bounds(costs: Sequence[float], pp_size: int) -> list[int]:

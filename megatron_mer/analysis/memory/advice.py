@@ -1,9 +1,10 @@
 """Which changes of a run make it take less memory, the cheapest first.
 
 How much slower a change makes a step is an estimate that only orders the answers: recomputing costs
-a third of the arithmetic (one forward pass of three), a pipeline idles (pp - 1) / micro batches of
-its time (Narayanan et al. 2021, arXiv 2104.04473, section 2.2), and our own guesses are a tenth
-for each doubling of tp, for its messages, and 3 % for each halving of a micro batch.
+a third of the arithmetic (one forward pass of three), a pipeline waits for its dearest stage and
+idles (pp - 1) / micro batches of its time (Narayanan et al. 2021, arXiv 2104.04473, section 2.2),
+and our own guesses are a tenth for each doubling of tp, for its messages, and 3 % for each halving
+of a micro batch.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_mer.analysis.memory.plan import StageMemory, plan_memory
-from megatron_mer.analysis.memory.shape import Device, num_micro_batches
+from megatron_mer.analysis.memory.shape import Device
 from megatron_mer.config import RunConfig, check_layout
-from megatron_mer.parallel.topology import Layout
+from megatron_mer.model.flops import layer_costs
+from megatron_mer.parallel.topology import Layout, num_micro_batches, stage_bounds
 
 RECOMPUTING = 4 / 3
 TENSOR_DOUBLED = 1.1
@@ -174,9 +176,12 @@ def _change(
 
 def _cost(config: RunConfig, layout: Layout) -> float:
     """Time of a step by that of a run without all that, other things equal."""
+    costs = layer_costs(config.model)
+    bounds = stage_bounds(costs, layout.pp_size)
+    slowest = max(sum(costs[start:stop]) for start, stop in itertools.pairwise(bounds))
+    uneven = slowest * layout.pp_size / sum(costs)
+    idle = (layout.pp_size - 1) / num_micro_batches(config, layout.dp_size)
     full = config.parallel.activation_checkpointing == "full"
-    halvings = -math.log2(config.batch.micro_batch_size)
-    idle = (layout.pp_size - 1) / num_micro_batches(config, layout)
     messages: float = TENSOR_DOUBLED ** math.log2(layout.tp_size)
-    small: float = MICRO_BATCH_HALVED**halvings
-    return (RECOMPUTING if full else 1.0) * (1 + idle) * messages * small
+    small: float = MICRO_BATCH_HALVED ** -math.log2(config.batch.micro_batch_size)
+    return (RECOMPUTING if full else 1.0) * uneven * (1 + idle) * messages * small

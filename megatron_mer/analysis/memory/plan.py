@@ -15,11 +15,10 @@ from megatron_mer.analysis.memory.shape import (
     Device,
     RankShape,
     Stage,
-    num_micro_batches,
     stages,
 )
 from megatron_mer.config import RunConfig
-from megatron_mer.parallel.topology import Layout
+from megatron_mer.parallel.topology import Layout, num_micro_batches
 
 # As in engine/deepspeed_config.py and continual/reptile.py, which need torch.
 LARGEST_BUCKET = 200_000_000
@@ -99,7 +98,7 @@ class _Model:
         self.stage = stage
         self.piped = layout.pp_size > 1
         self.recompute = config.parallel.activation_checkpointing == "full"
-        self.micro_batches = num_micro_batches(config, layout)
+        self.micro_batches = num_micro_batches(config, layout.dp_size)
         # DeepSpeed pads each parameter group, of matrices and of norms, to a multiple of 2 dp.
         groups = (stage.matrices(shape, config.model.tie_embeddings), stage.vectors(shape))
         unit = 2 * layout.dp_size

@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_mer.config import RunConfig
 from megatron_mer.model.dimensions import Dimensions
 from megatron_mer.model.flops import layer_costs
-from megatron_mer.parallel.topology import Layout, stage_bounds
+from megatron_mer.parallel.topology import Layout, num_micro_batches, stage_bounds
 
 Device = Literal["cuda", "cpu"]
 FP32 = 4  # bytes
@@ -122,7 +122,7 @@ def stages(config: RunConfig, layout: Layout) -> list[Stage]:
     2104.04473, section 2.2): stage s runs pp - s micro batches forward before its first backward.
     """
     bounds = stage_bounds(layer_costs(config.model), layout.pp_size)
-    micro_batches = num_micro_batches(config, layout)
+    micro_batches = num_micro_batches(config, layout.dp_size)
     found = []
     for index in range(layout.pp_size):
         first, last = index == 0, index == layout.pp_size - 1
@@ -137,8 +137,3 @@ def stages(config: RunConfig, layout: Layout) -> list[Stage]:
             )
         )
     return found
-
-
-def num_micro_batches(config: RunConfig, layout: Layout) -> int:
-    """Micro batches a data-parallel rank works through for one update."""
-    return config.batch.global_batch_size // (config.batch.micro_batch_size * layout.dp_size)

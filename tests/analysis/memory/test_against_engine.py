@@ -59,12 +59,13 @@ RUNS = {
     "bf16": (1, (BF16, "--batch.global_batch_size=8"), "backward"),
     "bf16, dp2, few tokens": (2, (BF16, SHORT), "reduction"),
     "bf16, pp2, momentum": (2, (BF16, PP2, MOMENTUM), "backward"),
+    "bf16, recomputing, large vocabulary": (1, (BF16, FULL, LARGE_VOCABULARY), "backward"),
     "bf16, recomputing": (1, (BF16, FULL, "--batch.global_batch_size=8"), None),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_plan_agrees_with_the_peak_of_live_bytes(name, tmp_path, capsys):
+def test_plan_agrees_with_the_peak_of_live_bytes(name, tmp_path):
     ranks, options, phase = RUNS[name]
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(CONFIG))
@@ -76,13 +77,7 @@ def test_plan_agrees_with_the_peak_of_live_bytes(name, tmp_path, capsys):
     for rank, said in enumerate(measured):
         memory = plan[layout.coordinate(rank).pipe]
         predicted = memory.peak + memory.host_total
-        print(
-            f"{name}, rank {rank}: {predicted:,} of {said['peak']:,}, {predicted / said['peak']:.3f}"
-            f" ({memory.peak_phase}; {said['where']})"
-        )
-        if not 0.97 < predicted / said["peak"] < 1.03:
-            print(dict(memory.always), dict(memory.phases[memory.peak_phase]), said["large"])
-    for rank, said in enumerate(measured):
-        memory = plan[layout.coordinate(rank).pipe]
-        assert memory.peak + memory.host_total == pytest.approx(said["peak"], rel=0.05), rank
+        parts = {**memory.always, **memory.phases[memory.peak_phase]}
+        # The largest live tensors, as [bytes, how many], say what the plan does not know of.
+        assert predicted == pytest.approx(said["peak"], rel=0.05), (parts, said)
     assert phase in (None, plan[0].peak_phase)
