@@ -67,7 +67,7 @@ def needed(memory: StageMemory, device: Device) -> int:
 
 def single_changes(config: RunConfig, ranks: int, device: Device) -> list[Change]:
     """Each change by itself, as far as it is allowed: halved or doubled once."""
-    changes = {}
+    changes: dict[str, Change] = {}
     for change in _changes(config, ranks, device, most_ranks=2):
         if len(change.settings) == 1:
             changes.setdefault(change.settings[0][0], change)

@@ -1,6 +1,7 @@
 """What the ranks of the memory tests run; loaded by path in each rank."""
 
 import os
+from collections import Counter
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -18,11 +19,11 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.peak = 0
-        self.at_peak = {}
+        self.at_peak = Counter()
         self.where = ""
-        self.phases = {}
         self.phase = "build"
         self._live = {}
+        self._seen = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -34,23 +35,19 @@ class LiveBytes(TorchDispatchMode):
                 held = self._live.get(storage._cdata)
                 if held is None or held[0].expired() or held[1] != storage.nbytes():
                     self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    self._seen += storage.nbytes()
                     fresh = True
-        if fresh:
+        # Most new storages cannot make a new peak, even if nothing has gone meanwhile.
+        if fresh and self._seen > self.peak:
             self._count(str(function))
         return result
 
     def _count(self, name):
-        # Most new storages cannot make a new peak, whatever has gone meanwhile.
-        if sum(size for _, size in self._live.values()) <= self.peak:
-            return
         self._live = {key: one for key, one in self._live.items() if not one[0].expired()}
-        held = sum(size for _, size in self._live.values())
-        self.phases[self.phase] = max(held, self.phases.get(self.phase, 0))
+        held = self._seen = sum(size for _, size in self._live.values())
         if held > self.peak:
             self.peak, self.where = held, f"{self.phase}: {name}"
-            self.at_peak = {}
-            for _, size in self._live.values():
-                self.at_peak[size] = self.at_peak.get(size, 0) + 1
+            self.at_peak = Counter(size for _, size in self._live.values())
 
 
 def batch(config, layout):
@@ -83,7 +80,7 @@ def train(config, layout, live):
     extra = reptile.tensors() if reptile else {}
     place = Snapshot(engine.checkpoint_bytes(extra))
     data = batch(config, layout) if engine.reads_data else None
-    for step in range(3):
+    for step in range(2):
         live.phase = f"step {step}"
         engine.train_step(data, 1.0e-3)
         live.phase = f"after {step}"
@@ -93,7 +90,10 @@ def train(config, layout, live):
 
 
 def peak(arguments, world_size):
-    """Bytes of tensors that were live at most, in building an engine and in three steps."""
+    """Bytes of tensors that were live at most, in building an engine and in two steps.
+
+    The second step has the moments that the first one made.
+    """
     from megatron_mer.config import load_config
     from megatron_mer.engine.distributed import start_distributed
     from megatron_mer.parallel import Layout
@@ -105,4 +105,4 @@ def peak(arguments, world_size):
     with LiveBytes() as live:
         train(config, layout, live)
     large = sorted(live.at_peak.items(), key=lambda one: -one[0] * one[1])[:25]
-    return {"peak": live.peak, "where": live.where, "phases": live.phases, "large": large}
+    return {"peak": live.peak, "where": live.where, "large": large}

@@ -46,21 +46,18 @@ LARGE_VOCABULARY = "--model.vocab_size=8192"
 RUNS = {
     "one rank": (1, (), "backward"),
     "one rank, one micro batch": (1, (ONE_MICRO_BATCH,), "backward"),
-    "one rank, recomputing": (1, (FULL, LARGE_VOCABULARY), "backward"),
-    "one rank, recomputing, small vocabulary": (1, (FULL, "--batch.micro_batch_size=16"), None),
+    "one rank, recomputing, large vocabulary": (1, (FULL, LARGE_VOCABULARY), "backward"),
     "one rank, tied, momentum": (1, (TIED, MOMENTUM), "backward"),
-    "one rank, Reptile, few tokens": (1, (REPTILE, SHORT), "reduction"),
     "dp2, few tokens": (2, (SHORT,), "reduction"),
     "pp2": (2, (PP2,), "backward"),
-    "pp2, tied, recomputing": (2, (PP2, TIED, FULL, MOMENTUM), None),
-    "tp2": (2, (TP2,), "backward"),
+    "pp2, tied, recomputing, momentum": (2, (PP2, TIED, FULL, MOMENTUM), "backward"),
     "tp2, large vocabulary": (2, (TP2, LARGE_VOCABULARY), "backward"),
     "tp2 pp2": (4, (TP2, PP2, REPTILE), "backward"),
     "bf16": (1, (BF16, "--batch.global_batch_size=8"), "backward"),
+    "bf16, recomputing, large vocabulary": (1, (BF16, FULL, LARGE_VOCABULARY), "backward"),
+    "bf16, one large matrix": (1, (BF16, TIED, LARGE_VOCABULARY, SHORT, REPTILE), "reptile"),
     "bf16, dp2, few tokens": (2, (BF16, SHORT), "reduction"),
     "bf16, pp2, momentum": (2, (BF16, PP2, MOMENTUM), "backward"),
-    "bf16, recomputing, large vocabulary": (1, (BF16, FULL, LARGE_VOCABULARY), "backward"),
-    "bf16, recomputing": (1, (BF16, FULL, "--batch.global_batch_size=8"), None),
 }
 
 
