@@ -6,8 +6,9 @@ ranks' shares of the optimizer's state are cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_mer.analysis.memory import activations as act
 from megatron_mer.analysis.memory.shape import (
@@ -89,6 +90,16 @@ def plan_memory(config: RunConfig, layout: Layout, device: Device) -> list[Stage
     return found
 
 
+class _Moment(NamedTuple):
+    """Bytes at a moment of the backward pass."""
+
+    gradients: int
+    """fp32's own; those of bf16 are always there."""
+    saved: int
+    logits: int
+    passing: int
+
+
 class _Model:
     """The parts of one stage."""
 
@@ -162,16 +173,16 @@ class _Model:
 
     def backward(self) -> dict[str, int]:
         """The fullest moment of forward and backward passes."""
+        fullest = max(self._moments(), key=sum)
         parts = {}
         if self.fp32:
-            parts["gradients"] = self.weights * FP32
+            parts["gradients"] = fullest.gradients
             parts["DeepSpeed's buckets"] = self.bucket
-        saved, logits, passing = max(self._moments(), key=sum)
         return {
             **parts,
-            "activations": saved + self._earlier(),
-            "logits and loss": logits,
-            "backward pass": passing,
+            "activations": fullest.saved + self._earlier(),
+            "logits and loss": fullest.logits,
+            "backward pass": fullest.passing,
         }
 
     def _earlier(self) -> int:
@@ -192,36 +203,37 @@ class _Model:
         norm = self.shape.stream if self.recompute else act.norm_saved(self.shape)
         return norm + self.shape.stream
 
-    def _moments(self) -> list[tuple[int, int, int]]:
-        """(saved, logits, in passing) when the loss, the head and each block go backward.
-
-        With one micro batch in fp32 no gradient is there before its layer went backward; what is
-        then missing is taken off the last number.
-        """
-        shape, moments = self.shape, []
+    def _moments(self) -> Iterator[_Moment]:
+        """The loss, the head and each block going backward."""
+        shape = self.shape
         ends = self._ends()
-        whole = self._saved(self.stage.blocks) + ends
         logits = shape.logits if self.stage.last else 0
         if self.stage.last:
-            saved = whole + self._behind_blocks()
-            missing = self._missing(self.stage.blocks, head=True)
-            moments.append((saved, logits + act.loss_backward(shape), -missing))
-            moments.append((saved, logits, act.head_backward(shape) - missing))
+            saved = self._saved(self.stage.blocks) + ends + self._behind_blocks()
+            there = self._gradients(self.stage.blocks, before_head=True)
+            yield _Moment(there, saved, logits + act.loss_backward(shape), 0)
+            yield _Moment(there, saved, logits, act.head_backward(shape))
             if self.recompute:
                 # The head too: its logits are there twice, beside their gradient.
-                moments.append((saved, 2 * logits, shape.logits - missing))
+                yield _Moment(there, saved, 2 * logits, shape.logits)
         for block in range(self.stage.blocks, 0, -1):
-            again = act.block_saved(shape) if self.recompute else 0
-            passing = act.block_backward(shape) - self._missing(block, head=False)
-            moments.append((self._saved(block) + ends + again, logits, passing))
-        return moments
+            saved = self._saved(block - 1) + ends + act.block_saved(shape)
+            there = self._gradients(block, before_head=False)
+            yield _Moment(there, saved, logits, act.block_backward(shape))
 
-    def _missing(self, blocks: int, head: bool) -> int:
-        """Bytes of gradients that are not there yet while `blocks` blocks still wait."""
-        if not self.fp32 or self.micro_batches > 1:
+    def _gradients(self, blocks: int, before_head: bool) -> int:
+        """Bytes of fp32's gradients while the first blocks still wait for their backward pass.
+
+        From a step's second micro batch on all of them are there.
+        """
+        if not self.fp32:
             return 0
-        count = blocks * self.shape.block_matrices + self.stage.first * self.shape.vocab_matrix
-        return FP32 * (count + (head and self.stage.last) * self.shape.vocab_matrix)
+        missing = 0
+        if self.micro_batches == 1:
+            stage, one = self.stage, self.config.model.tie_embeddings and not self.piped
+            matrices = before_head if one else stage.first + (stage.last and before_head)
+            missing = blocks * self.shape.block_matrices + matrices * self.shape.vocab_matrix
+        return FP32 * (self.weights - missing)
 
     def reduction(self) -> dict[str, int]:
         """Gradients on their way over the data ranks; it happens with one data rank too.
