@@ -95,6 +95,7 @@ class _Moment(NamedTuple):
 
     gradients: int
     """fp32's own; those of bf16 are always there."""
+    buckets: int
     saved: int
     logits: int
     passing: int
@@ -177,7 +178,7 @@ class _Model:
         parts = {}
         if self.fp32:
             parts["gradients"] = fullest.gradients
-            parts["DeepSpeed's buckets"] = self.bucket
+            parts["DeepSpeed's buckets"] = fullest.buckets
         return {
             **parts,
             "activations": fullest.saved + self._earlier(),
@@ -211,15 +212,17 @@ class _Model:
         if self.stage.last:
             saved = self._saved(self.stage.blocks) + ends + self._behind_blocks()
             there = self._gradients(self.stage.blocks, before_head=True)
-            yield _Moment(there, saved, logits + act.loss_backward(shape), 0)
-            yield _Moment(there, saved, logits, act.head_backward(shape))
+            # The first gradient of a step has the bucket allocated.
+            bucket = self.bucket if self.micro_batches > 1 else 0
+            yield _Moment(there, bucket, saved, logits + act.loss_backward(shape), 0)
+            yield _Moment(there, bucket, saved, logits, act.head_backward(shape))
             if self.recompute:
                 # The head too: its logits are there twice, beside their gradient.
-                yield _Moment(there, saved, 2 * logits, shape.logits)
+                yield _Moment(there, bucket, saved, 2 * logits, shape.logits)
         for block in range(self.stage.blocks, 0, -1):
             saved = self._saved(block - 1) + ends + act.block_saved(shape)
             there = self._gradients(block, before_head=False)
-            yield _Moment(there, saved, logits, act.block_backward(shape))
+            yield _Moment(there, self.bucket, saved, logits, act.block_backward(shape))
 
     def _gradients(self, blocks: int, before_head: bool) -> int:
         """Bytes of fp32's gradients while the first blocks still wait for their backward pass.
