@@ -186,7 +186,7 @@ def _stage_table(stages: Sequence[StageMemory]) -> str:
         sums = (
             parts["weights"],
             parts["fp32 masters"] + parts["Adam moments"],
-            parts["gradients"],
+            parts["gradients"] + parts.get("gradient sums", 0),
             reptile,
             parts["activations"],
             parts.get("kept logits", 0) + parts["logits and loss"],

@@ -94,7 +94,7 @@ class _Moment(NamedTuple):
     """Bytes at a moment of the backward pass."""
 
     gradients: int
-    """fp32's own; those of bf16 are always there."""
+    """The weights' own, in their dtype."""
     buckets: int
     saved: int
     logits: int
@@ -131,7 +131,7 @@ class _Model:
         """ZeRO-1 (Rajbhandari et al. 2020, arXiv 1910.02054): masters and moments are sharded.
 
         DeepSpeed's BF16_Optimizer keeps fp32 sums of all gradients on each data rank
-        (`fp32_groups_gradients_flat`), and the bf16 gradients of the weights beside them.
+        (`fp32_groups_gradients_flat`); the weights' own gradients are gone after the update.
         """
         parts = {
             "weights": self.weights * self.shape.width,
@@ -139,7 +139,7 @@ class _Model:
             "Adam moments": self.owned * 2 * FP32,
         }
         if not self.fp32:
-            parts["gradients"] = self.weights * (self.shape.width + FP32)
+            parts["gradient sums"] = self.weights * FP32
         parts.update(self.reptile_state())
         if self.piped:
             # One buffer for received activations and gradients (`_allocate_or_extend_buffers`).
@@ -175,9 +175,8 @@ class _Model:
     def backward(self) -> dict[str, int]:
         """The fullest moment of forward and backward passes."""
         fullest = max(self._moments(), key=sum)
-        parts = {}
+        parts = {"gradients": fullest.gradients}
         if self.fp32:
-            parts["gradients"] = fullest.gradients
             parts["DeepSpeed's buckets"] = fullest.buckets
         return {
             **parts,
@@ -225,18 +224,16 @@ class _Model:
             yield _Moment(there, self.bucket, saved, logits, act.block_backward(shape))
 
     def _gradients(self, blocks: int, before_head: bool) -> int:
-        """Bytes of fp32's gradients while the first blocks still wait for their backward pass.
+        """Bytes of gradients while the first blocks still wait for their backward pass.
 
         From a step's second micro batch on all of them are there.
         """
-        if not self.fp32:
-            return 0
         missing = 0
         if self.micro_batches == 1:
             stage, one = self.stage, self.config.model.tie_embeddings and not self.piped
             matrices = before_head if one else stage.first + (stage.last and before_head)
             missing = blocks * self.shape.block_matrices + matrices * self.shape.vocab_matrix
-        return FP32 * (self.weights - missing)
+        return self.shape.width * (self.weights - missing)
 
     def reduction(self) -> dict[str, int]:
         """Gradients on their way over the data ranks; it happens with one data rank too.
@@ -246,13 +243,13 @@ class _Model:
         together, and one in bf16.
         """
         if self.fp32:
-            parts = {"gradients": self.weights * FP32, **self._last_logits()}
-            parts["DeepSpeed's buckets"] = self.bucket + max(self.bucket, self.owned * FP32)
-            return parts
-        together = self.weights if self.decayed <= REDUCED_TOGETHER else 0
-        largest = self.weights if together else self.decayed
-        copies = together * FP32 + largest * self.shape.width
-        return {"DeepSpeed's buckets": copies, **self._last_logits()}
+            copies = self.bucket + max(self.bucket, self.owned * FP32)
+        elif self.decayed <= REDUCED_TOGETHER:
+            copies = self.weights * (FP32 + self.shape.width)
+        else:
+            copies = self.decayed * self.shape.width
+        gradients = self.weights * self.shape.width
+        return {"gradients": gradients, "DeepSpeed's buckets": copies, **self._last_logits()}
 
     def reptile(self) -> dict[str, int]:
         """`Reptile._move`: a delta, two fp64 copies of it; tied weights whole."""
