@@ -20,6 +20,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # What prepares data or checks a configuration starts in a moment, without torch.
 LIGHT_MODULES = (
     "megatron_mer",
+    "megatron_mer.analysis.memory.advice",
     "megatron_mer.config",
     "megatron_mer.continual.stream",
     "megatron_mer.data.corpus.job",
@@ -35,6 +36,7 @@ LIGHT_PROGRAMS = (
     "tools/inspect_dataset.py",
     "tools/inspect_stream.py",
     "tools/merge_datasets.py",
+    "tools/plan_memory.py",
     "tools/plot_schedule.py",
     "tools/preprocess_data.py",
     "tools/report.py",

@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mer.config import RunConfig
+from megatron_mer.parallel import num_micro_batches
 
 # ZeRO-1 in fp32 allocates one buffer of this many elements a dtype (its default of 5e8 is 2 GB).
 _LARGEST_BUCKET = 200_000_000
-
-
-def num_micro_batches(config: RunConfig, dp_size: int) -> int:
-    """Micro batches a data-parallel rank works through for one update."""
-    return config.batch.global_batch_size // (config.batch.micro_batch_size * dp_size)
 
 
 def deepspeed_config(config: RunConfig, dp_size: int, local_parameters: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from megatron_mer.checkpoint import CheckpointReader, Fragment
 from megatron_mer.checkpoint.huggingface import HuggingFaceReader
 from megatron_mer.config import RunConfig
 from megatron_mer.data.batches import MicroBatch, RankBatch
-from megatron_mer.engine.deepspeed_config import deepspeed_config, num_micro_batches
+from megatron_mer.engine.deepspeed_config import deepspeed_config
 from megatron_mer.engine.distributed import device, silence_engine_prints, tensor_parallel_group
 from megatron_mer.engine.loss import GlobalTokenLoss, Labels
 from megatron_mer.engine.masters import Piece, ShardedMasters
@@ -26,7 +26,7 @@ from megatron_mer.engine.pipeline import StagedLlama
 from megatron_mer.errors import TrainingError
 from megatron_mer.model import init_parameter
 from megatron_mer.optim.groups import parameter_groups
-from megatron_mer.parallel import Layout
+from megatron_mer.parallel import Layout, num_micro_batches
 
 
 @dataclass(frozen=True)

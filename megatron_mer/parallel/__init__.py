@@ -1,21 +1,32 @@
 """The rank grid, tensor-parallel layers and loss."""
 
-from megatron_mer.parallel.collectives import (
-    TensorParallelGroup,
-    enter_region,
-    reduce_from_region,
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from megatron_mer.parallel.topology import (
+    Coordinate,
+    Layout,
+    num_micro_batches,
+    split_stages,
+    stage_bounds,
 )
-from megatron_mer.parallel.cut import Cut, cut_of, slice_bounds
-from megatron_mer.parallel.layers import (
-    ColumnParallelLinear,
-    KeyValueLinear,
-    ParallelKind,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    apply_plan,
-)
-from megatron_mer.parallel.loss import vocab_parallel_cross_entropy
-from megatron_mer.parallel.topology import Coordinate, Layout, split_stages
+
+if TYPE_CHECKING:
+    from megatron_mer.parallel.collectives import (
+        TensorParallelGroup,
+        enter_region,
+        reduce_from_region,
+    )
+    from megatron_mer.parallel.cut import Cut, cut_of, slice_bounds
+    from megatron_mer.parallel.layers import (
+        ColumnParallelLinear,
+        KeyValueLinear,
+        ParallelKind,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        apply_plan,
+    )
+    from megatron_mer.parallel.loss import vocab_parallel_cross_entropy
 
 __all__ = [
     "ColumnParallelLinear",
@@ -30,8 +41,20 @@ __all__ = [
     "apply_plan",
     "cut_of",
     "enter_region",
+    "num_micro_batches",
     "reduce_from_region",
     "slice_bounds",
     "split_stages",
+    "stage_bounds",
     "vocab_parallel_cross_entropy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch once it is asked for: the rank grid works without."""
+    if name in __all__:
+        for module in ("collectives", "cut", "layers", "loss"):
+            found = vars(import_module(f"{__name__}.{module}"))
+            if name in found:
+                return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_mer.config import ParallelConfig
+from megatron_mer.config import ParallelConfig, RunConfig
 from megatron_mer.errors import ConfigError, LaunchError, Problem
 
 
@@ -95,6 +95,32 @@ class Layout:
             [self.rank_of(pipe, data, model) for pipe in range(self.pp_size)]
             for data, model in itertools.product(range(self.dp_size), range(self.tp_size))
         ]
+
+
+def num_micro_batches(config: RunConfig, dp_size: int) -> int:
+    """Micro batches a data-parallel rank works through for one update."""
+    return config.batch.global_batch_size // (config.batch.micro_batch_size * dp_size)
+
+
+def stage_bounds(costs: Sequence[float], pp_size: int) -> list[int]:
+    """Cut a Llama's layers into stages that each hold a block at least.
+
+    DeepSpeed reduces the gradient norm once a parameter group: a stage of the head alone has no
+    norm weights, hence one group less, and the other stages would wait for it for ever. So the
+    embedding goes with the first block, final norm and head with the last.
+
+    Args:
+        costs: cost of each layer: embedding, blocks, final norm, head.
+        pp_size: number of stages, at most the number of blocks.
+
+    Returns:
+        pp_size + 1 increasing numbers; stage i holds layers bounds[i] to bounds[i + 1] - 1.
+    """
+    blocks = list(costs[1:-2])
+    blocks[0] += costs[0]
+    blocks[-1] += sum(costs[-2:])
+    cuts = split_stages(blocks, pp_size)
+    return [0, *(cut + 1 for cut in cuts[1:-1]), len(costs)]
 
 
 def split_stages(costs: Sequence[float], pp_size: int) -> list[int]:

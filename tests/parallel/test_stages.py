@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from megatron_mer.engine.pipeline import stage_bounds
+from megatron_mer.parallel import stage_bounds
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4, 7])
