@@ -60,7 +60,7 @@ format: venv-dev ## format Python and C++, and apply ruff's safe fixes
 	$(if $(CPP_SOURCES),$(BIN)/clang-format -i $(CPP_SOURCES))
 
 venv: $(VENV)/.base $(VENV)/.extension ## make .venv: what a run needs, and the C++ extension
-venv-test: venv venv-corpora venv-trackers $(VENV)/.test ## ... and what the tests need
+venv-test: venv venv-corpora venv-trackers venv-benchmark $(VENV)/.test ## ... and what the tests need
 venv-dev: venv-test $(VENV)/.dev ## ... and what `make check` and `make format` need
 venv-trackers: venv $(VENV)/.trackers ## ... and wandb and tensorboard, for configurations that name them
 venv-corpora: venv $(VENV)/.corpora ## ... and gigatoken, pyarrow and s3fs, to prepare large corpora
