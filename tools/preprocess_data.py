@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+# Nothing here is linear algebra, and only a process without threads can fork its workers.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # A machine that only prepares corpora needs no installed package, no compiler and no torch.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

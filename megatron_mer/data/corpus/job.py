@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_mer.data.corpus.assembly import Assembly, SourceTotals
 from megatron_mer.data.corpus.hashing import SharedFiles
@@ -186,9 +187,8 @@ class _Work:
             token_dtype(self._tokenizer.vocab_size),
         )
         hashes = SharedFiles(self._units)
-        hashes.start()
         try:
-            for _ in self._shards():
+            for _ in self._shards(publication.bin, hashes.start):
                 assembly.advance()
                 progress(self._position, self._documents)
             if not assembly.advance():
@@ -218,8 +218,15 @@ class _Work:
         streams = round(self.total_bytes / largest) if largest else 1
         return max(1, workers // max(1, min(self.processes, streams)))
 
-    def _shards(self) -> Iterator[None]:
+    def _shards(self, locked: BinaryIO, begun: Callable[[], None]) -> Iterator[None]:
+        """Make all shards.
+
+        Args:
+            locked: a file that stays this process's alone.
+            begun: called once the workers are there; it may start threads.
+        """
         if self.processes == 1:
+            begun()
             worker = UnitWorker(
                 self._settings, self._folder, self._tokenizer, self._choice, self._report
             )
@@ -227,8 +234,11 @@ class _Work:
                 worker.run(unit)
                 yield
             return
-        with WorkerPool(self._settings, self._folder, self._choice, self.processes) as pool:
-            yield from pool.run(self._units, self._report)
+        pool = WorkerPool(
+            self._settings, self._folder, self._tokenizer, self._choice, self.processes, locked
+        )
+        with pool:
+            yield from pool.run(self._units, self._report, begun)
 
     def _report(self, source: int, position: int, documents: int) -> None:
         self._position += position

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_mer.data.corpus.reading import Unit
 from megatron_mer.data.corpus.worker import Cancelled, JobSettings, UnitWorker
-from megatron_mer.data.tokenizers import load_tokenizer
+from megatron_mer.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_mer.data.tokenizers.fast import Choice, GigatokenEncoder
 from megatron_mer.errors import DataError
 
@@ -27,13 +27,25 @@ class WorkerPool:
     Args:
         settings: of the job.
         folder: for the shards.
+        tokenizer: that the settings name.
         choice: which library gives the ids.
         processes: how many.
+        locked: a file that only this process may keep open, with nothing in its buffer.
     """
 
-    def __init__(self, settings: JobSettings, folder: Path, choice: Choice, processes: int) -> None:
-        # A fresh interpreter for each: forking a process that has threads can hang.
-        context = multiprocessing.get_context("spawn")
+    def __init__(
+        self,
+        settings: JobSettings,
+        folder: Path,
+        tokenizer: Tokenizer,
+        choice: Choice,
+        processes: int,
+        locked: BinaryIO,
+    ) -> None:
+        # A process that has threads (of pyarrow, s3fs, a library of linear algebra) can hang once
+        # it is forked: then a fresh interpreter for each, which loads the tokenizer again.
+        fork = _has_one_thread()
+        context = multiprocessing.get_context("fork" if fork else "spawn")
         self._progress = context.SimpleQueue()
         self._stop = context.Event()
         fast = choice.fast is not None
@@ -41,17 +53,34 @@ class WorkerPool:
             processes,
             mp_context=context,
             initializer=_start_worker,
-            initargs=(settings, folder, fast, choice.reason, self._progress, self._stop),
+            initargs=(
+                settings,
+                folder,
+                (tokenizer, choice, locked) if fork else (fast, choice.reason, None),
+                self._progress,
+                self._stop,
+            ),
         )
 
-    def run(self, units: Sequence[Unit], report: Callable[[int, int, int], None]) -> Iterator[None]:
+    def run(
+        self,
+        units: Sequence[Unit],
+        report: Callable[[int, int, int], None],
+        begun: Callable[[], None],
+    ) -> Iterator[None]:
         """Make all shards; yields now and then, so that the caller can use what is finished.
+
+        Args:
+            units: what is to be done.
+            report: progress.
+            begun: called once the workers are there: before, this process may not start threads.
 
         Raises:
             DataError: a unit fails, or a worker died.
         """
         try:
             waiting: set[Future[None]] = {self._pool.submit(_work, unit) for unit in units}
+            begun()
             while waiting:
                 done, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
                 while not self._progress.empty():
@@ -80,13 +109,31 @@ _worker: list[UnitWorker] = []
 """A worker process's own: made once, by its initializer."""
 
 
+def _has_one_thread() -> bool:
+    """Whether this process has no thread but this one, those of libraries included."""
+    try:
+        return len(os.listdir("/proc/self/task")) == 1
+    except OSError:
+        return False
+
+
 def _start_worker(
-    settings: JobSettings, folder: Path, fast: bool, reason: str, progress: Any, stop: Any
+    settings: JobSettings,
+    folder: Path,
+    tools: tuple[Tokenizer, Choice, BinaryIO] | tuple[bool, str, None],
+    progress: Any,
+    stop: Any,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    tokenizer = load_tokenizer(settings.tokenizer)
-    choice = Choice(GigatokenEncoder(tokenizer) if fast else None, reason)
+    if tools[2] is not None:
+        tokenizer, choice, locked = tools
+        locked.close()  # Else its lock would outlive the parent.
+    else:
+        fast, reason, _ = tools
+        tokenizer = load_tokenizer(settings.tokenizer)
+        choice = Choice(GigatokenEncoder(tokenizer) if fast else None, reason)
 
     def stopped() -> None:
         if stop.is_set():

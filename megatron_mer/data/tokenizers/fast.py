@@ -7,7 +7,6 @@ a sample of the very input that is to be tokenized.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,9 +29,9 @@ Engine = Literal["auto", "library", "gigatoken"]
 
 SCHEMES = {LLAMA3: "gpt4", CL100K: "gpt4", O200K: "o200k", R50K: "gpt2"}
 """gigatoken's names of the ways to split text."""
-FEW_TEXTS = 50_000
+FEW_TEXTS, FEW_CHARACTERS = 50_000, 1 << 25
 """Texts that are encoded one by one, some microseconds each; a batch has to import awkward first,
-which takes as long as that many."""
+which takes as long as that many. With several threads, so many characters."""
 LIBRARIES = {"sentencepiece": "sentencepiece", "hf": "tokenizers", "tiktoken": "tiktoken"}
 
 
@@ -54,7 +53,7 @@ class GigatokenEncoder:
             converted = Gigatoken.from_sentencepiece(tokenizer.path.read_bytes())._hf_json
             model = Gigatoken.from_json(_without_specials(converted))
         elif isinstance(tokenizer, HuggingFaceTokenizer):
-            content = tokenizer.path.read_text(encoding="utf-8")
+            content = tokenizer.path.read_bytes()
             model = Gigatoken.from_json(_without_specials(content))
         elif isinstance(tokenizer, TiktokenTokenizer):
             scheme = SCHEMES.get(tokenizer.scheme.pattern)
@@ -64,14 +63,15 @@ class GigatokenEncoder:
         else:
             raise ValueError(f"gigatoken does not know tokenizers of kind {tokenizer.kind}")
         self._backend: Any = model.backend
-        self._texts = 0
+        self._texts = self._characters = 0
 
     def encode_flat(self, texts: Sequence[str], num_threads: int = 1) -> FlatIds:
         """Return the ids of many texts in one array; see `Encoder.encode_flat`."""
         if not texts:
             return FlatIds(np.empty(0, np.int32), np.empty(0, np.int64))
         self._texts += len(texts)
-        if self._texts <= FEW_TEXTS and num_threads == 1:
+        self._characters += sum(map(len, texts)) if num_threads > 1 else 0
+        if self._texts <= FEW_TEXTS and self._characters <= FEW_CHARACTERS:
             return flatten(self._backend.encode(text) for text in texts)
         ids = self._backend.encode_batch(list(texts), parallel=num_threads > 1)
         offsets = np.asarray(ids.layout.offsets.data)
@@ -136,12 +136,14 @@ def _make(tokenizer: Tokenizer) -> tuple[Encoder | None, str]:
         return None, str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _without_specials(text: str | bytes) -> str:
+def _without_specials(text: str | bytes) -> bytes:
     """Return a tokenizer.json without its special tokens: gigatoken would find them in text."""
-    content = json.loads(text)
+    import orjson
+
+    content = orjson.loads(text)
     added = content.get("added_tokens") or []
     content["added_tokens"] = [token for token in added if not token.get("special")]
-    return json.dumps(content)
+    return orjson.dumps(content)
 
 
 def _version(package: str) -> str:
