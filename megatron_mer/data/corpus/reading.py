@@ -33,6 +33,8 @@ from megatron_mer.data.corpus.streams import (
 )
 
 SKIP_BYTES = 1 << 20
+FEW_UNITS, UNIT_BYTES = 4, 8 << 20
+"""A file below a few shards is split too, for several workers, but not into less than that."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ def plan_units(
 ) -> list[list[Unit]]:
     """Return the units of each input, in order.
 
-    A plain file of lines is split into equal ranges of at most `shard_bytes`; a compressed one, a
-    Parquet file, a text that is one document and a pipe are read by one worker from their start to
-    their end.
+    A plain file of lines is split into equal ranges of at most `shard_bytes`, by its size alone; a
+    compressed one, a Parquet file, a text that is one document and a pipe are read by one worker
+    from their start to their end.
     """
     return [_plan_file(number, file, settings, shard_bytes) for number, file in enumerate(inputs)]
 
@@ -98,10 +100,9 @@ def _plan_file(
     number: int, file: InputFile, settings: ReadSettings, shard_bytes: int
 ) -> list[Unit]:
     by_line = file.format == "jsonl" or (file.format == "text" and settings.text_unit == "line")
-    splits = by_line and file.is_local_file and file.size > shard_bytes
-    if not splits or is_packed(file.path):
+    count = max(-(-file.size // shard_bytes), min(FEW_UNITS, file.size // UNIT_BYTES))
+    if not (by_line and file.is_local_file and count > 1) or is_packed(file.path):
         return [Unit(number, file)]
-    count = -(-file.size // shard_bytes)
     ends = [file.size * shard // count for shard in range(count + 1)]
     return [
         Unit(number, file, shard, start, stop) for shard, (start, stop) in enumerate(pairwise(ends))
