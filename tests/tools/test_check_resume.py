@@ -184,6 +184,7 @@ def test_two_ranks_are_identical_and_any_difference_has_its_place(kept):
     assert "before the kill" in more[-1]
 
 
+@pytest.mark.slow
 def test_another_layout_is_near_enough(tiny):
     config = tiny.write("run")
     code, said, errors = check(config, *SHORT, "--change-layout", "tp_size=2,ranks=2")

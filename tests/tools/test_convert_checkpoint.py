@@ -95,6 +95,7 @@ def test_a_run_resumes_from_it_as_from_the_original(tiny, project_root):
     assert "resuming after batch 10" in (other / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_bad_input_is_told(tiny, project_root):
     source, dest = killed(tiny, "run"), tiny.folder / "dest"
     for arguments, words in (

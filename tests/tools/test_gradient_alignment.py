@@ -74,6 +74,7 @@ def test_the_weights_have_the_losses_that_the_run_logged(tiny, ranks, options):
     assert abs(anchor - last["losses"]["fr"]) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tiny):
     tiny.train(tiny.write("run"))
     folder = tiny.folder / "run"
@@ -128,6 +129,7 @@ def test_gradients_equal_autograd_over_all_rows(tiny):
     assert content["losses"]["en"] == pytest.approx(float(loss.detach()) / tokens, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_message(tiny):
     def refused(*arguments):
         code, _, errors = align(*arguments)

@@ -68,7 +68,7 @@ def test_layouts_train_the_same_model(tiny, tied):
 @pytest.mark.parametrize(
     ("ranks", "kv_heads", "options"),
     [
-        (4, 2, ("--parallel.tp_size=4",)),
+        pytest.param(4, 2, ("--parallel.tp_size=4",), marks=pytest.mark.slow),
         pytest.param(2, 1, ("--parallel.tp_size=2",), marks=pytest.mark.slow),
         pytest.param(
             8, 2, ("--parallel.tp_size=4", "--parallel.pp_size=2"), marks=pytest.mark.slow

@@ -25,6 +25,7 @@ def expected(*lengths):
     ]
 
 
+@pytest.mark.slow
 def test_each_task_warms_up_and_decays_and_an_appended_task_needs_no_other_schedule(tiny):
     def two(config):
         config["schedule"] = SCHEDULE

@@ -288,6 +288,7 @@ def test_a_run_may_change_to_a_buffer(tiny):
     assert "replay.capacity_samples was 40, is 41" in said
 
 
+@pytest.mark.slow
 def test_a_buffer_that_a_kept_checkpoint_needs_is_not_removed(tiny):
     tiny.train(tiny.write("alone"), *BUFFER)
     config, run = tiny.write("run"), tiny.folder / "run"

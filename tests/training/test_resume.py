@@ -12,7 +12,7 @@ CASES = {
     "bf16_tp2": (2, ("--precision=bf16", "--parallel.tp_size=2")),
     "fp32_tp2": (2, ("--precision=fp32", "--parallel.tp_size=2")),
 }
-LONG = {"fp32_tp2", "bf16_pp2_dp2"}
+LONG = {"bf16_tp2", "bf16_pp2_dp2"}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,7 @@ def test_recomputing_activations_changes_no_bit(tiny):
     assert tiny.results("recomputed") == tiny.results("kept")
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint_begins_again(tiny):
     tiny.train(tiny.write("alone"))
     config = tiny.write("killed")

@@ -30,7 +30,7 @@ np.savez(sys.argv[2], ends=found.document_indices, dtype=str(found.index.dtype(0
 """
 
 
-@pytest.mark.parametrize("kind", ["unigram", "hf"])
+@pytest.mark.parametrize("kind", ["hf", pytest.param("unigram", marks=pytest.mark.slow)])
 def test_megatron_core_reads_the_same_tokens(
     build: Build, handbook: Handbook, names: Mapping[str, str], tmp_path: Path, kind: str
 ) -> None:
