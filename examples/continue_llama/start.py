@@ -33,18 +33,18 @@ class StageError(Exception):
     """A program failed; it has said why."""
 
 
-def split() -> None:
+def split(fresh: bool) -> None:
     """Write every other document of the English corpus into each half, and tokenize both."""
     (ROOT / TARGET).mkdir(parents=True, exist_ok=True)
     with gzip.open(ROOT / ENGLISH) as file:
         lines = file.readlines()
     for place, half in enumerate(HALVES):
         prefix = TARGET / half
-        if (ROOT / f"{prefix}.json").exists():
+        if (ROOT / f"{prefix}.json").exists() and not fresh:
             continue
         (ROOT / f"{prefix}.jsonl").write_bytes(b"".join(lines[place::2]))
         call("tools/preprocess_data.py", "--input", f"{prefix}.jsonl", "--output-prefix", prefix,
-             "--tokenizer", f"sentencepiece:{TOKENIZER}")  # fmt: skip
+             "--tokenizer", f"sentencepiece:{TOKENIZER}", "--overwrite")  # fmt: skip
 
 
 def train(config: str, fresh: bool, *options: str) -> None:
@@ -89,12 +89,12 @@ def table() -> Iterable[str]:
 def main() -> int:
     """Do all of it, and give the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--fresh", action="store_true", help="train everything again")
+    parser.add_argument("--fresh", action="store_true", help="begin anew: data and training")
     fresh = parser.parse_args().fresh
     try:
         print("== The corpora", flush=True)
         call("examples/quickstart/prepare.py")
-        split()
+        split(fresh)
         print("== Somebody's Llama, in English", flush=True)
         train("base.yaml", fresh)
         print("== It goes on with French and German, with replay", flush=True)

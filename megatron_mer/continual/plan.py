@@ -280,10 +280,10 @@ class Plan:
         Raises:
             DataError: names a batch that finds nothing.
         """
-        for entry in self.entries:
+        for entry in self.entries if self.has_buffer else ():
             batches = range(entry.last_batch - 1, entry.first_batch - 1, -1)
             last = next((batch for batch in batches if self.replay_rows(batch)), None)
-            if self.has_buffer and last is not None:
+            if last is not None:
                 self.rows(last)
 
     def buffer_log(self, segment_records: int) -> _index.BufferLog:

@@ -78,3 +78,12 @@ def test_numbers_that_stand_elsewhere_too_are_the_same():
     assert module.LARGEST_BUCKET == deepspeed_config._LARGEST_BUCKET
     assert module.REPTILE_CHUNK == reptile.CHUNK
     assert module.REDUCED_TOGETHER == deepspeed_engine.MEMORY_OPT_ALLREDUCE_SIZE
+
+
+def test_the_constants_are_those_of_the_engine():
+    """They stand there too because the plan loads no torch."""
+    from megatron_mer.continual import reptile
+    from megatron_mer.engine import deepspeed_config
+
+    assert module.REPTILE_CHUNK == reptile.CHUNK
+    assert module.LARGEST_BUCKET == deepspeed_config._LARGEST_BUCKET
