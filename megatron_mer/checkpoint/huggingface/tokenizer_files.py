@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mer.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_mer.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from megatron_mer.data.tokenizers.tokenizer_json import tokenizer_json
 from megatron_mer.errors import DataError
 
 _MAIN = {
@@ -87,8 +89,10 @@ class TokenizerFiles:
             others = (name for name in _BESIDE if (path.parent / name).is_file())
             copied.update({name: path.parent / name for name in others})
         made = {}
+        if "tokenizer.json" not in copied and (text := tokenizer_json(tokenizer)):
+            made["tokenizer.json"] = text
         if "tokenizer_config.json" not in copied:
-            made["tokenizer_config.json"] = json.dumps(_settings(kind, tokenizer), indent=2) + "\n"
+            made["tokenizer_config.json"] = json.dumps(_settings(tokenizer), indent=2) + "\n"
         return cls(copied, made)
 
     @classmethod
@@ -107,13 +111,10 @@ class TokenizerFiles:
             yield folder / name
 
 
-def _settings(kind: str, tokenizer: Tokenizer) -> dict[str, object]:
+def _settings(tokenizer: Tokenizer) -> dict[str, object]:
     """A tokenizer_config.json for a tokenizer that has none."""
-    classes = {"hf": "PreTrainedTokenizerFast", "sentencepiece": "LlamaTokenizer"}
     end = tokenizer.piece(tokenizer.eod_id)
-    settings: dict[str, object] = {"eos_token": end.name if end else None}
-    if kind in classes:
-        settings["tokenizer_class"] = classes[kind]
-    if kind == "sentencepiece":
-        settings.update(bos_token="<s>", unk_token="<unk>", add_bos_token=False, legacy=False)
-    return settings
+    # Known to all versions: what is read is tokenizer.json, as it stands.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end and end.name}
+    special = tokenizer.special_pieces() if isinstance(tokenizer, SentencePieceTokenizer) else {}
+    return {**settings, **special}

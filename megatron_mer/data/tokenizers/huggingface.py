@@ -167,15 +167,16 @@ class HuggingFaceTokenizer:
         return table
 
 
-def _byte_letters() -> dict[str, int]:
-    """The letters by which byte-level vocabularies write bytes (GPT-2's table)."""
+def _byte_letters() -> dict[int, str]:
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
-    letters = {chr(byte): byte for byte in shown}
-    return {**letters, **{chr(256 + place): byte for place, byte in enumerate(hidden)}}
+    letters = {byte: chr(byte) for byte in shown}
+    return {**letters, **{byte: chr(256 + place) for place, byte in enumerate(hidden)}}
 
 
-_BYTE_OF = _byte_letters()
+BYTE_LETTERS = _byte_letters()
+"""The letters by which byte-level vocabularies write bytes (GPT-2's table)."""
+_BYTE_OF = {letter: byte for byte, letter in BYTE_LETTERS.items()}
 
 
 def _stated_end(path: Path) -> str:

@@ -102,6 +102,12 @@ class SentencePieceTokenizer:
             return Piece(name, name.encode())
         return Piece(name, name.replace(SPACE, " ").encode())
 
+    def special_pieces(self) -> dict[str, str]:
+        """Return the names of bos_token and unk_token, as far as the model has them."""
+        numbers = {"bos_token": self._model.bos_id(), "unk_token": self._model.unk_id()}
+        pieces = self._model.IdToPiece
+        return {role: str(pieces(number)) for role, number in numbers.items() if number >= 0}
+
     def num_bytes(self, samples: NDArray[np.int64]) -> int | None:
         """Return the UTF-8 bytes that the ids of samples add; see `Tokenizer.num_bytes`."""
         return self._pieces.count(samples, self.eod_id)
