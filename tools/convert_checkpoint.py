@@ -19,9 +19,12 @@ Nothing is read but safetensors. The source stays as it is. See docs/huggingface
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,6 +38,7 @@ from megatron_mer.checkpoint.huggingface import (
     Exported,
     HuggingFaceFolder,
     HuggingFaceReader,
+    LogitsCheck,
     TokenizerFiles,
     compare_logits,
     have_transformers,
@@ -42,7 +46,7 @@ from megatron_mer.checkpoint.huggingface import (
     keep_files,
     kept_tokenizer,
 )
-from megatron_mer.checkpoint.layout import step_name
+from megatron_mer.checkpoint.layout import LATEST, step_name
 from megatron_mer.checkpoint.reshard import reshard
 from megatron_mer.command import run_tool
 from megatron_mer.config import load_config
@@ -150,6 +154,9 @@ def convert(options: argparse.Namespace) -> None:
 def from_hf(options: argparse.Namespace) -> None:
     """Make a folder of Hugging Face weights to start from."""
     _require_transformers(options.no_check)
+    if options.output.resolve() == options.source.resolve():
+        given = f"given {options.output}, the folder itself, which stays as it is"
+        raise ConfigError([Problem("--output", given, "another folder")])
     folder = HuggingFaceFolder(options.source)
     folder.check()
     tokenizer = tokenizer_of(options.tokenizer, folder.path)
@@ -166,13 +173,12 @@ def from_hf(options: argparse.Namespace) -> None:
     print(f"{final}: {vocabulary.rows} rows of the vocabulary{new}, from {folder.path}")
     if not options.no_check:
         whole = Exported.of(final, "fast", "fp32")
-        check = compare_logits(
-            model, whole.read, folder.path, min(vocabulary.known, folder.rows)
-        )  # fmt: skip
-        print(check)
-        check.require()
-    print(f"start from it with checkpoint.init_from: {options.output}@0 and this model, with a")
-    print("seq_length of yours:")
+        rows = min(vocabulary.known, folder.rows)
+        with _removed_if_wrong(final, final.with_name(LATEST), options.output / KEPT):
+            _require(compare_logits(model, whole.read, folder.path, rows))
+    print(f"start from it with checkpoint.init_from: {options.output}@0, this tokenizer and this")
+    print("model, with a seq_length of yours:")
+    print(f"tokenizer: {options.tokenizer or f'{tokenizer.kind}:{tokenizer.path}'}")
     print("model: " + json.dumps({**folder.keys, "vocab_size": vocabulary.rows}))
 
 
@@ -185,6 +191,8 @@ def to_hf(options: argparse.Namespace) -> None:
     if problem := damaged(source):
         raise CheckpointError(f"the checkpoint is not whole: {problem}")
     exported = Exported.of(source, options.weights, options.dtype)
+    if options.tokenizer:
+        _check_tokenizer(options.tokenizer, exported)
     files, eod_id = _run_tokenizer(source, options.tokenizer)
     try:
         exported.write(options.output, files, eod_id, options.shard_size)
@@ -195,10 +203,9 @@ def to_hf(options: argparse.Namespace) -> None:
     if files is None:
         print("no tokenizer is included: that of the run was not found; name it with --tokenizer")
     if not options.no_check:
-        rows = exported.model.vocab_size
-        check = compare_logits(exported.model, exported.read, options.output, int(rows or 0))
-        print(check)
-        check.require()
+        rows = int(exported.model.vocab_size or 0)
+        with _removed_if_wrong(options.output):
+            _require(compare_logits(exported.model, exported.read, options.output, rows))
 
 
 def _run_tokenizer(source: Path, spec: str | None) -> tuple[TokenizerFiles | None, int | None]:
@@ -212,6 +219,38 @@ def _run_tokenizer(source: Path, spec: str | None) -> tuple[TokenizerFiles | Non
         if spec is None or not (source.parent.parent / "config.yaml").exists():
             return None, None
         raise
+
+
+def _check_tokenizer(spec: str, exported: Exported) -> None:
+    """A tokenizer that the user names is the run's, or its ids have rows at least.
+
+    Raises:
+        ConfigError: some have none.
+    """
+    tokenizer, rows = load_tokenizer(spec), int(exported.model.vocab_size or 0)
+    if tokenizer.vocab_size > rows:
+        given = f"given {spec}, with {tokenizer.vocab_size} ids; the model has {rows} rows"
+        raise ConfigError([Problem("--tokenizer", given, "the tokenizer that the run was given")])
+    if tokenizer.fingerprint != exported.info.run_state["settings"]["tokenizer"]:
+        text = "warning: %s is not the file that the run was given; are its ids the same?"
+        print(text % spec, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _removed_if_wrong(*written: Path) -> Iterator[None]:
+    """What does not prove right must not be taken for a model."""
+    try:
+        yield
+    except Exception:
+        for path in written:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        print(f"{written[0]} is removed again", file=sys.stderr)
+        raise
+
+
+def _require(check: LogitsCheck) -> None:
+    print(check)
+    check.require()
 
 
 def _require_transformers(no_check: bool) -> None:

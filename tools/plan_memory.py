@@ -166,7 +166,8 @@ def _worst_table(worst: StageMemory, device: Device) -> str:
     where = "GPU" if device == "cuda" else "memory"
     cells = [[f"stage {worst.stage.index}, the fullest", "where", *phases]]
     cells += [[name, where, *[_gib(size)] * len(phases)] for name, size in worst.always.items()]
-    for name in dict.fromkeys(part for parts in worst.phases.values() for part in parts):
+    parts = [name for one in worst.phases.values() for name, size in one.items() if size]
+    for name in dict.fromkeys(parts):
         cells.append([name, where, *(_gib(worst.phases[one].get(name, 0)) for one in phases)])
     cells.append([f"all on the {where}" if device == "cuda" else "all but the next", where])
     cells[-1] += [_gib(worst.total(one)) for one in phases]
@@ -221,7 +222,8 @@ def _change_table(head: str, changes: Sequence[Change], device: Device) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:,.2f}"
+    gib = size / GIB
+    return f"{gib:,.2f}" if gib >= 0.1 or not gib else f"{gib:.2g}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Copier:
         owner: Whose they are: "id", and what people want to know. A place of another is left alone.
         keep_last: Newest copies to keep in the place; the rule is that of `save.prune`.
         keep_every: Copies whose step is a multiple stay too.
-        beside: Small files that are copied with each checkpoint, before it.
+        beside: Small files that are copied with each checkpoint, before it, by their name there.
         first_pause: Seconds before the second try.
     """
 
@@ -59,7 +59,7 @@ class Copier:
         *,
         keep_last: int,
         keep_every: int | None = None,
-        beside: Sequence[Path] = (),
+        beside: Mapping[str, Path] | None = None,
         first_pause: float = FIRST_PAUSE,
     ) -> None:
         self._root = checkpoints
@@ -67,7 +67,7 @@ class Copier:
         self._owner = owner
         self._keep_last = keep_last
         self._keep_every = keep_every
-        self._beside = beside
+        self._beside = beside or {}
         self._first_pause = first_pause
         self._change = threading.Condition()
         self._stop = threading.Event()
@@ -262,8 +262,8 @@ class Copier:
         self._in_hand = source.name
         manifest = _manifest(source) or b""
         try:
-            for path in self._beside:
-                self._place.put(path)
+            for name, path in self._beside.items():
+                self._place.put(name, path)
             self._place.copy(source, manifest, self._stop)
         except Exception as error:
             self._give_up(source.name)

@@ -140,10 +140,11 @@ class Place:
                 raise OSError(f"{self.url}: {name} has {found.get(name)} bytes there, not {size}")
         self._end(source.name, manifest)
 
-    def put(self, path: Path) -> None:
-        """Copy a small file that may grow meanwhile, under its own name; none is fine."""
+    def put(self, name: str, path: Path) -> None:
+        """Copy a small file that may grow meanwhile; none is fine."""
         if path.exists():
-            self._put(path.name, path.read_bytes())
+            self._make(self._path(name).rpartition("/")[0])
+            self._put(name, path.read_bytes())
 
     def point(self, name: str) -> None:
         """Let `latest` name a copy."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
+from megatron_mer.config.model_checks import heads, rope_scaling
 from megatron_mer.config.model_schema import ModelConfig
+from megatron_mer.config.parse import Partial, as_far_as_parsed, parse_model
+from megatron_mer.config.schema import RunConfig
 from megatron_mer.errors import ForeignCheckpointError, Problem
 
 CONFIG_JSON: Final = "config.json"
@@ -25,6 +28,16 @@ _SIZES: Final = {
     "vocab_size": "vocab_size",
 }
 """Our key -> theirs; every Llama has these."""
+
+_THEIRS: Final = {
+    **_SIZES,
+    "num_kv_heads": "num_key_value_heads",
+    "tie_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_base": "rope_theta",
+}
+OF_SHAPES: Final = frozenset((*_SIZES.values(), "num_key_value_heads", "head_dim"))
+"""Keys of theirs without which the shapes of the weights are not known."""
 
 _ROPE_KEYS: Final = {
     "linear": ("factor",),
@@ -95,9 +108,27 @@ def no_llama(values: Mapping[str, Any]) -> Iterator[Problem]:
     for theirs in _SIZES.values():
         if not _is_count(values.get(theirs)):
             yield Problem(theirs, f"{values.get(theirs)!r}", "a whole number >= 1")
+    if (longest := values.get("max_position_embeddings")) is not None and not _is_count(longest):
+        yield Problem("max_position_embeddings", f"{longest!r}", "a whole number >= 1")
+    if _differ(values.get("rope_scaling"), values.get("rope_parameters")):
+        given = f"{values['rope_scaling']}, but rope_parameters {values['rope_parameters']}"
+        yield Problem("rope_scaling", given, "the same in both", "remove the one that is wrong")
     needed = _ROPE_NEEDED.get(_rope_kind(rope), ())
     if lacking := [key for key in needed if rope.get(key) is None]:
         yield Problem("rope_scaling", f"{_rope_kind(rope)} without {', '.join(lacking)}")
+    elif all(_is_count(values.get(theirs)) for theirs in _SIZES.values()):
+        yield from _no_model(model_keys(values))
+
+
+def _no_model(keys: Mapping[str, Any]) -> Iterator[Problem]:
+    """What our own `model:` section would be refused for, by their keys."""
+    model, problems = parse_model({**keys, "seq_length": 1})
+    run = cast(RunConfig, Partial({"model": model}))
+    for check in (heads, rope_scaling):
+        problems += as_far_as_parsed(check(run))
+    for one in problems:
+        ours, dot, rest = one.path.removeprefix("model.").partition(".")
+        yield replace(one, path=f"{_THEIRS.get(ours, ours)}{dot}{rest}")
 
 
 def model_keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,19 +142,27 @@ def model_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     keys = {ours: values[theirs] for ours, theirs in _SIZES.items()}
     keys["num_kv_heads"] = values.get("num_key_value_heads") or keys["num_heads"]
-    keys["tie_embeddings"] = bool(values.get("tie_word_embeddings", False))
-    keys["norm_eps"] = float(values.get("rms_norm_eps", 1e-6))
+    keys["tie_embeddings"] = values.get("tie_word_embeddings") or False
+    keys["norm_eps"] = _real(values.get("rms_norm_eps", 1e-6))
     rope = _rope(values)
-    base = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
-    keys["rope_base"] = float(base)
+    keys["rope_base"] = _real(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
     keys["head_dim"] = values.get("head_dim") or keys["hidden_size"] // keys["num_heads"]
     kind = _rope_kind(rope)
     if kind in _ROPE_KEYS:
         scaling = {key: rope[key] for key in _ROPE_KEYS[kind] if rope.get(key) is not None}
-        if kind == "yarn" and "original_max_position_embeddings" not in scaling:
-            scaling["original_max_position_embeddings"] = values["max_position_embeddings"]
-        keys["rope_scaling"] = {"kind": kind, **scaling}
+        keys["rope_scaling"] = {
+            "kind": kind,
+            **(_yarn(scaling, values) if kind == "yarn" else scaling),
+        }
     return keys
+
+
+def _yarn(scaling: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what transformers would not look at, and fill in what it would."""
+    both = scaling.get("mscale") and scaling.get("mscale_all_dim")
+    unused = () if both and "attention_factor" not in scaling else ("mscale", "mscale_all_dim")
+    original = {"original_max_position_embeddings": values.get("max_position_embeddings") or 2048}
+    return {**original, **{key: value for key, value in scaling.items() if key not in unused}}
 
 
 def config_json(model: ModelConfig, dtype: str, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +190,8 @@ def config_json(model: ModelConfig, dtype: str, base: Mapping[str, Any]) -> dict
         "torch_dtype": dtype,
     }
     other = {key: value for key, value in base.items() if key not in ("dtype", "rope_parameters")}
-    return {"max_position_embeddings": _longest(model), **other, **own}
+    longest = max(base.get("max_position_embeddings") or _longest(model), model.seq_length)
+    return {**other, **own, "max_position_embeddings": longest}
 
 
 def _scaling(model: ModelConfig) -> dict[str, Any] | None:
@@ -181,5 +221,18 @@ def _rope_kind(rope: Mapping[str, Any]) -> str:
     return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
+def _differ(old: Any, new: Any) -> bool:
+    """Whether the scaling in a key of old versions and that of new ones say different things."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return False
+    known = {key for keys in _ROPE_KEYS.values() for key in keys}
+    return _rope_kind(old) != _rope_kind(new) or any(old.get(k) != new.get(k) for k in known)
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _real(value: Any) -> Any:
+    """A number as JSON may write it, 500000 for 500000.0; anything else is refused elsewhere."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

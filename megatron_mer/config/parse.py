@@ -70,6 +70,13 @@ def parse_run(data: Any) -> tuple[RunConfig | Partial, list[Problem]]:
     return run, parser.problems
 
 
+def parse_model(data: Mapping[str, Any]) -> tuple[ModelConfig | Partial, list[Problem]]:
+    """Parses a `model:` section alone, as `parse_run` does a whole configuration."""
+    parser = _Parser()
+    model: ModelConfig | Partial = parser.section(ModelConfig, data, "model")
+    return model, parser.problems
+
+
 def suggest(given: str, allowed: Iterable[str]) -> str:
     """Says which allowed word was probably meant; empty if none is near."""
     near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)

@@ -25,6 +25,7 @@ from megatron_mer.checkpoint.save import commit
 from megatron_mer.engine.distributed import first_failure
 from megatron_mer.errors import CheckpointError, ConfigError, Problem
 from megatron_mer.training.copies import (
+    FOREIGN,
     KEY,
     OTHER_PLACE,
     SECONDS_TO_LOOK,
@@ -41,7 +42,7 @@ from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.rank_0 import from_rank_0
 from megatron_mer.training.resume import resumed
 
-_LINES = ("metrics.jsonl", "evaluations.jsonl")
+_BESIDE = ("metrics.jsonl", "evaluations.jsonl", *FOREIGN)
 _TRIES, _PAUSE = 3, 2.0  # of one file; seconds
 
 T = TypeVar("T")
@@ -197,17 +198,18 @@ def _again(work: Callable[[], T]) -> T:
 
 
 def _name(outputs: RunDirectory, url: str, temporary: Path, manifest: bytes) -> None:
-    """Give what was fetched its name; with it come the lines of the steps before it.
+    """Give what was fetched its name; with it comes what lies beside the checkpoints.
 
     Raises:
         CheckpointError: a file cannot be read there, or written here.
     """
     try:
         place = open_place(url)
-        for path in (outputs.root / name for name in _LINES):
-            text = place.read(path.name)
+        for name in _BESIDE:
+            path, text = outputs.root / name, place.read(name)
             # A directory that is older than the copies lacks lines.
             if text is not None and (not path.exists() or path.stat().st_size < len(text)):
+                path.parent.mkdir(exist_ok=True)
                 replace_bytes(path, text)
         write_bytes(temporary / MANIFEST, iter([manifest]))
         sync_directory(temporary)

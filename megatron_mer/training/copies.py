@@ -19,6 +19,7 @@ from megatron_mer.checkpoint import Copier, open_place
 from megatron_mer.checkpoint.copier import NoCopies, describe_owner
 from megatron_mer.checkpoint.files import replace_text
 from megatron_mer.checkpoint.find import broken
+from megatron_mer.checkpoint.huggingface import KEPT, KEPT_FILES
 from megatron_mer.checkpoint.layout import parse_step, step_directories
 from megatron_mer.checkpoint.place import Place
 from megatron_mer.config import RunConfig
@@ -33,6 +34,8 @@ SECONDS_AT_THE_END = 300.0
 KEY = "checkpoint.copy_to"
 _RUN_ID = "run_id"
 _BESIDE = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", DROPPED)
+FOREIGN = tuple(f"{KEPT}/{name}" for name in KEPT_FILES)
+"""What an export needs of the folder that the weights came from, where they came from one."""
 SECONDS_TO_LOOK = 60.0
 
 OTHER_PLACE = "give this run a place of its own with --checkpoint.copy_to PATH_OR_URL"
@@ -65,7 +68,7 @@ def copier(config: RunConfig, outputs: RunDirectory) -> Copier | NoCopies:
         _owner(config, outputs),
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
-        beside=[outputs.root / name for name in _BESIDE],
+        beside={name: outputs.root / name for name in (*_BESIDE, *FOREIGN)},
     )
 
 

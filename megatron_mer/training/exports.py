@@ -13,13 +13,7 @@ from pathlib import Path
 
 from megatron_mer.checkpoint.find import CheckpointInfo, broken, is_permanent
 from megatron_mer.checkpoint.huggingface import Exported, TokenizerFiles, kept_tokenizer
-from megatron_mer.checkpoint.layout import (
-    REPLACED,
-    TEMPORARY,
-    parse_step,
-    step_directories,
-    step_name,
-)
+from megatron_mer.checkpoint.layout import parse_step, step_directories, step_name
 from megatron_mer.checkpoint.save import WriteStopped
 from megatron_mer.config import RunConfig
 from megatron_mer.continual.plan import Plan
@@ -80,9 +74,7 @@ class Exporter:
         self.finish()
 
     def _is_there(self, name: str) -> bool:
-        unfinished = (TEMPORARY, REPLACED)
-        found = self._folder().glob(f"{name}_*")
-        return any(not path.name.endswith(unfinished) for path in found)
+        return any(self._folder().glob(f"{name}_*"))
 
     def _folder(self) -> Path:
         return self._outputs.root / FOLDER

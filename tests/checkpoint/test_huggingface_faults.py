@@ -95,6 +95,23 @@ def test_a_missing_head_and_a_tied_one_that_differs(folder):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
         ({"hidden_size": None}, "hidden_size: None; allowed: a whole number"),
+        ({"head_dim": 8.0}, "head_dim: given 8.0; allowed: a whole number"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads: given '2'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 heads of keys and values"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: given null"),
+        ({"max_position_embeddings": "x"}, "max_position_embeddings: 'x'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: given 'no'"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta: given 'big'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, "rope_scaling.factor"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "rope_scaling.factor"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 2}},
+            "rope_scaling.beta_fast: 1 with beta_slow 2",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4}},
+            "rope_scaling: {'type': 'linear', 'factor': 4}, but rope_parameters {",
+        ),
         ({"head_dim": 16}, "misshaped tensors: model.layers.0.self_attn.q_proj.weight [32, 32] "),
     ],
 )
@@ -154,9 +171,33 @@ def test_a_torn_shard_is_named_with_what_it_lacks(tmp_path, keep):
         assert listed
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "a pointer of Git LFS"),
+        (b"\x04\0\0\0\0\0\0\0[{}]", "its header is no JSON object"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_told_apart(folder, content, words):
+    (folder / WEIGHTS).write_bytes(content)
+    assert words in refused(folder)
+
+
+def test_bytes_behind_the_last_tensor_are_told(folder):
+    with open(folder / WEIGHTS, "ab") as file:
+        file.write(b"more")
+    said = refused(folder)
+    assert "its header needs" in said
+    assert "not whole" not in said
+
+
 def test_an_index_that_lies_is_named(tmp_path):
     folder = hf_folder(tmp_path / "base", max_shard_size="30KB")
     index = json.loads((folder / INDEX).read_text())
+    outside = {**index["weight_map"], "more": "../other.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": outside}))
+    assert "names files outside of the folder: ../other.safetensors" in refused(folder)
+    (folder / INDEX).write_text(json.dumps(index))
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     moved = shard.rename(folder / "elsewhere")
     said = refused(folder)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megatron_mer.checkpoint import CheckpointReader
+from megatron_mer.config.parse import parse_model
+from megatron_mer.config.yaml12 import read_yaml
 from tests.hf_folder import LLAMA3, hf_folder, same_bytes, tensors, with_tokenizer
 
 pytest.importorskip("transformers")
@@ -50,7 +52,66 @@ def test_there_and_back_to_the_bit_with_the_logits_of_transformers(
     assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == 2
     config = json.loads((back / "config.json").read_text())
     assert config["max_position_embeddings"] == 128
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 5000}},
+        {"rope_parameters": {**YARN, "original_max_position_embeddings": 32}},
+        {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+        {"rope_parameters": {**YARN, "mscale": 1.0, "attention_factor": 1.3}},
+        {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0, "beta_fast": 20}},
+    ],
+)
+def test_each_kind_of_longer_context_comes_and_goes(tmp_path, capsys, convert, rope):
+    source = with_tokenizer(hf_folder(tmp_path / "base", **rope))
+    assert convert("from-hf", source, "--output", tmp_path / "ours") == 0
+    said = capsys.readouterr().out
+    assert float(said.split("at most ")[1].split()[0]) <= 1e-5
+    model = read_yaml(said.splitlines()[-1], "printed").data["model"]
+    assert parse_model({**model, "seq_length": 32})[1] == []
+    back = tmp_path / "back"
+    assert convert("to-hf", tmp_path / "ours", "--output", back) == 0
+    assert float(capsys.readouterr().out.split("at most ")[1].split()[0]) <= 1e-5
+
+
+def test_a_killed_conversion_is_repeated_and_a_wrong_one_removed(
+    tmp_path, capsys, convert, monkeypatch
+):
+    source = with_tokenizer(hf_folder(tmp_path / "base"))
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    (ours / "checkpoints/step_000000000.tmp").mkdir(parents=True)
+    (tmp_path / "back.tmp").mkdir()
+    monkeypatch.setattr("megatron_mer.checkpoint.huggingface.logits.TOLERANCE", -1.0)
+    assert convert("from-hf", source, "--output", ours) == 1
+    assert "the conversion is wrong" in capsys.readouterr().err
+    assert not list((ours / "checkpoints").iterdir())
+    monkeypatch.undo()
+    assert convert("from-hf", source, "--output", ours) == 0
+    monkeypatch.setattr("megatron_mer.checkpoint.huggingface.logits.TOLERANCE", -1.0)
+    assert convert("to-hf", ours, "--output", back) == 1
+    assert not back.exists()
+    assert (tmp_path / "back.tmp").exists(), "somebody's folder"
+
+
+def test_a_tokenizer_that_is_not_the_runs(tmp_path, capsys, convert):
+    source = with_tokenizer(hf_folder(tmp_path / "base", vocab_size=258))
+    assert convert("from-hf", source, "--output", source) == 2
+    assert "the folder itself" in capsys.readouterr().err
+    convert("from-hf", source, "--output", tmp_path / "ours", "--no-check")
+    longer = f"hf:{with_tokenizer(tmp_path / 'longer', ('the',)) / 'tokenizer.json'}"
+    arguments = ("--output", tmp_path / "back", "--tokenizer")
+    assert convert("to-hf", tmp_path / "ours", *arguments, longer) == 2
+    assert "with 259 ids; the model has 258 rows" in capsys.readouterr().err
+    path = with_tokenizer(tmp_path / "other") / "tokenizer.json"
+    path.write_text(path.read_text().replace(" ", "  "))
+    assert convert("to-hf", tmp_path / "ours", *arguments, f"hf:{path}") == 0
+    assert "is not the file that the run was given" in capsys.readouterr().err
 
 
 def test_shards_are_of_the_wanted_size_and_their_index_is_whole(tmp_path, convert):

@@ -52,6 +52,15 @@ def test_the_cheapest_change_does_what_is_said_of_it():
     assert changed["needed_bytes"] == first["needed_bytes"] <= 12 << 30
 
 
+def test_a_small_model_is_not_nothing():
+    said = plan("--config", "examples/quickstart/run.yaml", "--ranks", 2, "--model.vocab_size=4096")
+    assert said.returncode == 0, said.stderr
+    rows = [line.split() for line in said.stdout.splitlines()[3:]]
+    weights = next(row for row in rows if row[0] == "weights")
+    assert 0.001 < float(weights[-1]) < 0.01
+    assert not any(row[0] == "backward" and set(row[3:]) == {"0.00"} for row in rows if row)
+
+
 def test_text_says_what_lies_where_stage_by_stage():
     said = plan(*PAPER, "--ranks", 16, "--parallel.pp_size=4", "--fits", 500)
     assert said.returncode == 0, said.stderr

@@ -32,7 +32,7 @@ def base(tiny) -> Path:
 
 def from_hf(base: Path, tasks=("de",), **keys):
     def change(config):
-        config["model"] = {"from_hf": str(base), "seq_length": 32, **keys}
+        config["model"] = {"from_hf": str(base), "seq_length": 32} | keys
         config["stream"] = [
             {**entry, "steps": 2} for entry in config["stream"] if entry["task"] in tasks
         ]
@@ -50,7 +50,8 @@ def test_through_a_layout_and_back_to_the_bit(tiny, base, tp_size, pp_size):
     export = tiny.folder / "run/hf/step_000000002_de"
     assert same_bytes(base, export)
     assert (export / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
-    assert not list(export.parent.glob("*.tmp"))
+    assert not list(export.parent.glob(".*"))
+    assert json.loads((export / "config.json").read_text())["max_position_embeddings"] == 128
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -191,6 +192,22 @@ def test_it_resumes_without_the_folder_and_to_the_bit(tiny, base):
     assert tiny.results("killed") == tiny.results("alone")
     last = "hf/step_000000004_de"
     assert same_bytes(tiny.folder / "killed" / last, tiny.folder / "alone" / last)
+
+
+def test_copies_hold_what_an_export_needs_of_the_folder(tiny, base):
+    def change(config):
+        from_hf(base, ("en", "de"), seq_length=160)(config)
+        config["checkpoint"]["copy_to"] = str(tiny.folder / "place")
+
+    config = tiny.write("run", change)
+    tiny.train(config, kill_after=2, expect_failure=True)
+    shutil.rmtree(tiny.folder / "run")
+    tiny.train(config)
+    export = tiny.folder / "run/hf/step_000000004_de"
+    values = json.loads((export / "config.json").read_text())
+    assert (values["torch_dtype"], values["bos_token_id"]) == ("bfloat16", 1)
+    assert values["max_position_embeddings"] == 160, "the folder's were 128"
+    assert (export / "tokenizer.model").exists()
 
 
 def test_replay_of_what_it_was_trained_on_before(tiny, base):

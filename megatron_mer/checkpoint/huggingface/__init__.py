@@ -2,6 +2,7 @@
 
 from megatron_mer.checkpoint.huggingface.convert import (
     KEPT,
+    KEPT_FILES,
     KINDS,
     TORCH_NAMES,
     Exported,
@@ -11,18 +12,24 @@ from megatron_mer.checkpoint.huggingface.convert import (
     model_of,
 )
 from megatron_mer.checkpoint.huggingface.folder import HuggingFaceFolder
-from megatron_mer.checkpoint.huggingface.logits import compare_logits, have_transformers
+from megatron_mer.checkpoint.huggingface.logits import (
+    LogitsCheck,
+    compare_logits,
+    have_transformers,
+)
 from megatron_mer.checkpoint.huggingface.read import HuggingFaceReader, NewRows
 from megatron_mer.checkpoint.huggingface.tokenizer_files import TokenizerFiles, own_tokenizer
 from megatron_mer.checkpoint.huggingface.vocabulary import extended
 
 __all__ = [
     "KEPT",
+    "KEPT_FILES",
     "KINDS",
     "TORCH_NAMES",
     "Exported",
     "HuggingFaceFolder",
     "HuggingFaceReader",
+    "LogitsCheck",
     "NewRows",
     "TokenizerFiles",
     "compare_logits",

@@ -18,9 +18,9 @@ from megatron_mer.checkpoint.find import CheckpointInfo
 from megatron_mer.checkpoint.huggingface.folder import HuggingFaceFolder
 from megatron_mer.checkpoint.huggingface.names import in_model_order
 from megatron_mer.checkpoint.huggingface.read import HuggingFaceReader
-from megatron_mer.checkpoint.huggingface.tokenizer_files import TokenizerFiles
+from megatron_mer.checkpoint.huggingface.tokenizer_files import ALL, TokenizerFiles
 from megatron_mer.checkpoint.huggingface.write import GENERATION, SHARD_BYTES, write_folder
-from megatron_mer.checkpoint.layout import TEMPORARY, Fragment, step_name
+from megatron_mer.checkpoint.layout import TEMPORARY, Fragment, step_directories, step_name
 from megatron_mer.checkpoint.load import CheckpointReader
 from megatron_mer.checkpoint.save import commit, write_manifest, write_rank
 from megatron_mer.config import ModelConfig
@@ -30,6 +30,8 @@ from megatron_mer.errors import CheckpointError, ConfigError, Problem
 
 KEPT = "from_hf"
 """Folder beside `checkpoints` with what is no weights of the folder that a run began with."""
+KEPT_FILES = (CONFIG_JSON, GENERATION, *ALL)
+"""Names of the files that may lie there."""
 KINDS = {"fast": "master", "anchor": "anchor"}
 """Which weights are meant -> their kind in a checkpoint."""
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -69,7 +71,7 @@ def import_weights(
         ForeignCheckpointError: a tensor cannot be read.
         CheckpointError: the checkpoint cannot be written.
     """
-    if any(directory.glob("step_*")):
+    if step_directories(directory):
         given = f"given {directory.parent}, which holds a checkpoint already"
         raise ConfigError([Problem("--output", given, "a folder without one")])
     final = directory / step_name(0)
@@ -80,6 +82,8 @@ def import_weights(
     ]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():  # of a conversion that was killed
+            remove_directory(temporary)
         write_rank(
             temporary, fragments, 0, 1, threading.Event(),
             lambda fragment: reader.parameter(fragment.name).view(-1),

@@ -19,7 +19,7 @@ from megatron_mer.checkpoint.huggingface.names import (
     hf_name,
     is_buffer,
 )
-from megatron_mer.config.huggingface import model_keys, no_llama, read_config_json
+from megatron_mer.config.huggingface import OF_SHAPES, model_keys, no_llama, read_config_json
 from megatron_mer.errors import ForeignCheckpointError, Problem
 
 INDEX = "model.safetensors.index.json"
@@ -29,6 +29,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
+_POINTER = b"version "  # the first bytes of what Git LFS puts in a file's place
 _SHOWN = 8  # names of tensors in a message
 
 
@@ -96,11 +97,7 @@ class HuggingFaceFolder:
             ForeignCheckpointError: with all that is wrong, the tensors by name.
         """
         problems = [_of_config(one) for one in no_llama(self.config)]
-        sizes = {"hidden_size", "num_hidden_layers", "num_attention_heads"} | {
-            "intermediate_size",
-            "vocab_size",
-        }
-        if not any(one.path.rpartition(" ")[2] in sizes for one in problems):
+        if not any(one.path.rpartition(" ")[2] in OF_SHAPES for one in problems):
             problems += self._tensor_problems(canonical_shapes(model_keys(self.config)))
         if problems:
             raise ForeignCheckpointError(
@@ -158,6 +155,10 @@ def _files(path: Path) -> tuple[list[Path], Mapping[str, str]]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             given = f"is no index of safetensors: {error!r}"
             raise ForeignCheckpointError([Problem(str(path / INDEX), given)]) from error
+        if outside := [name for name in names if Path(name).name != name]:
+            given = f"names files outside of the folder: {_listed(outside)}"
+            allowed = "names of files that lie beside it"
+            raise ForeignCheckpointError([Problem(str(path / INDEX), given, allowed)])
         if gone := [name for name in names if not (path / name).is_file()]:
             lost = [tensor for tensor, name in index.items() if name in gone]
             given = f"names files that are not there: {_listed(gone)}; with {_listed(lost)}"
@@ -185,12 +186,16 @@ def _header(file: Path) -> dict[str, StoredTensor]:
         size = file.stat().st_size
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
+            if length == int.from_bytes(_POINTER, "little"):
+                raise ValueError("it is a pointer of Git LFS, whose file was not fetched")
             if not 2 <= length <= _LONGEST_HEADER:
                 raise ValueError("it does not begin with a header")
             text = stream.read(length)
         if len(text) < length:
             raise _torn(file, f"ends after {size:,} bytes, in its header of {length:,}")
         entries = json.loads(text)
+        if not isinstance(entries, dict):
+            raise ValueError("its header is no JSON object")
         entries.pop("__metadata__", None)
         found = {
             name: StoredTensor(file, entry["dtype"], tuple(map(int, entry["shape"])))
@@ -201,8 +206,9 @@ def _header(file: Path) -> dict[str, StoredTensor]:
         given = f"is no safetensors file: {error}"
         raise ForeignCheckpointError([Problem(str(file), given)]) from error
     if max(ends.values(), default=size) != size:
-        lost = _listed(name for name, end in ends.items() if end > size) or "none"
-        given = f"has {size:,} bytes, its header needs {max(ends.values()):,}; not whole: {lost}"
+        lost = _listed(name for name, end in ends.items() if end > size)
+        given = f"has {size:,} bytes, its header needs {max(ends.values()):,}"
+        given += f"; not whole: {lost}" if lost else ""
         raise _torn(file, given)
     return found
 

@@ -14,11 +14,12 @@ from megatron_mer.data.tokenizers.tokenizer_json import tokenizer_json
 from megatron_mer.errors import DataError
 
 _MAIN = {
-    "hf": "tokenizer.json",
     "sentencepiece": "tokenizer.model",
+    "hf": "tokenizer.json",
     "tiktoken": "tokenizer.model",
 }
-"""Kind of tokenizer -> what Hugging Face calls its file."""
+"""Kind of tokenizer -> what Hugging Face calls its file. A `tokenizer.json` beside a SentencePiece
+model was made from it."""
 
 _BESIDE = (
     "tokenizer_config.json",

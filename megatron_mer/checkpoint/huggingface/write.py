@@ -63,7 +63,8 @@ def write_folder(
         WriteStopped: it was to end.
         OSError: the disk is full, or the like; nothing new is there then.
     """
-    temporary = target.with_name(target.name + TEMPORARY)
+    # Hidden, so that it is nobody else's folder.
+    temporary = target.with_name(f".{target.name}{TEMPORARY}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
 
@@ -86,7 +87,7 @@ def write_folder(
 
 
 def _give_name(temporary: Path, target: Path) -> None:
-    aside = target.with_name(target.name + REPLACED)
+    aside = target.with_name(f".{target.name}{REPLACED}")
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         os.rename(target, aside)
