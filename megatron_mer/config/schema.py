@@ -315,6 +315,28 @@ class TensorboardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How long a start waits for its ranks, and how it ends before a cluster ends it."""
+
+    setup_timeout_seconds: Positive = 1800.0
+    """Seconds that a rank waits for the others, until the first step has ended: at the start, while
+    loading, in the evaluation before the first step. At the end of the run it holds again."""
+    step_timeout_seconds: Positive = 600.0
+    """Seconds that a rank waits for the others in each collective of training after that; the
+    slowest rank's part of a checkpoint counts too."""
+    watchdog_seconds: Positive | None = 900.0
+    """After so many seconds without a step, a held-out micro batch or a piece of a checkpoint each
+    rank prints its stacks and the run ends, failed. Before the first step has ended the time is at
+    least setup_timeout_seconds. null: never."""
+    end_margin_seconds: NotNegative = 30.0
+    """The end of the job (SLURM_JOB_END_TIME) is met with a checkpoint so many seconds earlier than
+    that takes, by what steps, evaluations and checkpoints of this start took."""
+    max_restarts_without_step: CountOrZero = 3
+    """A job whose start failed or was killed is queued again at most so often in a row if no step
+    was gained."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run."""
 
@@ -347,5 +369,6 @@ class RunConfig:
     tensorboard: TensorboardConfig | None = None
     """Leave out: no event files."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     output_dir: Text
     """Folder of all that the run leaves behind; a relative one starts at the working directory."""
