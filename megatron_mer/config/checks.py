@@ -56,8 +56,8 @@ def check_layout(config: RunConfig, world_size: int) -> list[Problem]:
     if left or dp_size < 1:
         given = f"tp_size {tp_size} x pp_size {pp_size} = {tp_size * pp_size} ranks a replica"
         remedy = (
-            f"start a multiple of {tp_size * pp_size} processes, with deepspeed or torchrun on one "
-            "machine, or change tp_size or pp_size"
+            f"start a multiple of {tp_size * pp_size} processes, with deepspeed, torchrun or srun "
+            "(its number of tasks), or change tp_size or pp_size"
         )
         allowed = f"a divisor of the number of ranks, {world_size}"
         found.append(Problem("parallel", given, allowed, remedy))

@@ -15,26 +15,36 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import Store
 
+from megatron_mer.engine.meeting import meet
 from megatron_mer.errors import LaunchError
 from megatron_mer.parallel import Layout, TensorParallelGroup
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
-def start_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
+def start_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> Store:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
     DeepSpeed's shared-memory CPU collective is switched off: it compiles itself on first use and
     waits for ever on the lock of a build that was killed.
 
+    Args:
+        timeout: how long a rank waits for the others, here and in each collective.
+
+    Returns:
+        What the ranks share by name.
+
     Raises:
-        LaunchError: the other ranks did not come, or the address cannot be bound.
+        LaunchError: the other ranks did not come or contradict each other, or the address cannot be
+            bound.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _take_device()
+    store = meet(timeout, _take_device())
     try:
         deepspeed.init_distributed(
             dist_backend=get_accelerator().communication_backend_name(),
@@ -43,30 +53,40 @@ def start_distributed(timeout: timedelta = DEFAULT_TIMEOUT) -> None:
             timeout=timeout,
         )
     except (dist.DistError, RuntimeError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LaunchError(
-            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the "
-            f"run at MASTER_ADDR:MASTER_PORT = {address}: {error}. Every rank must reach that "
-            "address, and no other run may use the port"
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} met the others and "
+            f"then lost them: {error}"
         ) from error
+    return store
 
 
-def _take_device() -> None:
-    """Make LOCAL_RANK's device the current one; DeepSpeed reads the variable too."""
+def set_time_limit(seconds: float) -> None:
+    """Let each collective of any group, from the next one on, wait so long. All ranks call it."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def _take_device() -> str | None:
+    """Make LOCAL_RANK's device the current one; DeepSpeed reads the variable too.
+
+    Returns:
+        What is wrong with it.
+    """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        return
+        return None
     local_rank, visible = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
     if local_rank >= visible == 1:
         # The launcher shows each process its own device only.
         local_rank = 0
         os.environ["LOCAL_RANK"] = "0"
     if local_rank >= visible:
-        raise LaunchError(
+        return (
             f"LOCAL_RANK {local_rank} with {visible} visible devices; 0 to {visible - 1} are "
             "allowed; start as many processes on a node as it has devices, or show each its own"
         )
     accelerator.set_device(local_rank)
+    return None
 
 
 def device() -> torch.device:

@@ -115,7 +115,7 @@ def rank_environment(
     if "RANK" in environ:
         found = _from_rank(reader, port)
     elif "OMPI_COMM_WORLD_RANK" in environ:
-        found = _from_mpirun(reader, port)
+        found = _from_mpirun(reader, hostnames, port)
     elif _in_slurm_step(environ):
         found = _from_slurm(reader, hostnames)
     else:
@@ -233,7 +233,9 @@ def _master_addr(reader: _Reader, one_node: bool) -> str:
     return address or _LOOPBACK
 
 
-def _from_mpirun(reader: _Reader, port: Callable[[], int]) -> RankEnvironment:
+def _from_mpirun(
+    reader: _Reader, hostnames: Callable[[str], Sequence[str]], port: Callable[[], int]
+) -> RankEnvironment:
     environ = reader.environ
     rank = reader.number("rank", ["OMPI_COMM_WORLD_RANK"])
     world_size = reader.number("world_size", ["OMPI_COMM_WORLD_SIZE"])
@@ -242,6 +244,10 @@ def _from_mpirun(reader: _Reader, port: Callable[[], int]) -> RankEnvironment:
     # All ranks have to meet at one port without talking: they share the name of their MPI job.
     job = environ.get("PMIX_NAMESPACE", environ.get("OMPI_MCA_ess_base_jobid", ""))
     meeting = _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
+    address = environ.get("MASTER_ADDR", "")
+    if not address and local_size < world_size and environ.get("SLURM_JOB_NODELIST"):
+        # Inside a Slurm job it fills the job's nodes in their order, so rank 0 is on the first.
+        address = _first_of(reader, ["SLURM_JOB_NODELIST"], hostnames)
     return RankEnvironment(
         rank=rank,
         world_size=world_size,
@@ -250,7 +256,7 @@ def _from_mpirun(reader: _Reader, port: Callable[[], int]) -> RankEnvironment:
         # mpirun does not tell nodes; this holds where it fills one node after the other.
         node_rank=rank // max(local_size, 1),
         num_nodes=-(-world_size // max(local_size, 1)),
-        master_addr=_master_addr(reader, local_size == world_size),
+        master_addr=address or _master_addr(reader, local_size == world_size),
         master_port=reader.number(
             "master_port", ["MASTER_PORT"], port() if world_size == 1 else meeting
         ),
@@ -290,7 +296,16 @@ def _from_slurm(reader: _Reader, hostnames: Callable[[str], Sequence[str]]) -> R
 
 def _first_of_step(reader: _Reader, hostnames: Callable[[str], Sequence[str]]) -> str:
     """Gives the first host of the step, on which rank 0 runs; a step may use part of its job."""
-    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
+    return _first_of(
+        reader, ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"], hostnames
+    )
+
+
+def _first_of(
+    reader: _Reader, names: Sequence[str], hostnames: Callable[[str], Sequence[str]]
+) -> str:
+    """Gives the first host of the first node list that is set."""
+    for name in names:
         nodelist = reader.environ.get(name, "")
         if nodelist:
             hosts = hostnames(nodelist)
@@ -298,7 +313,7 @@ def _first_of_step(reader: _Reader, hostnames: Callable[[str], Sequence[str]]) -
                 reader.problems.append(Problem(name, f"given {nodelist!r}, which names no host"))
             return hosts[0] if hosts else ""
     remedy = "set MASTER_ADDR to the host of rank 0"
-    reader.problems.append(Problem("SLURM_STEP_NODELIST", "missing", "a node list", remedy))
+    reader.problems.append(Problem(names[0], "missing", "a node list", remedy))
     return ""
 
 

@@ -164,3 +164,43 @@ def averaged_tied(arguments, world_size):
         "pipe": engine.coordinate.pipe,
         "right": all(torch.equal(a, b) for a, b in zip(deltas, wanted, strict=True)),
     }
+
+
+def limited(arguments, world_size):
+    """Shorten the time limit of every group; rank 1 then comes too late to one collective each."""
+    import time
+
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    from megatron_mer.engine.distributed import set_time_limit
+    from megatron_mer.engine.peers import is_gone
+
+    engine, _, loader = build(arguments, world_size)
+    outcome = engine.train_step(next(loader), 1.0e-3)
+    loader.close()
+    groups = list(distributed_c10d._world.pg_map)
+    before = [_limit_of(group) for group in groups]
+    set_time_limit(1.0)
+    after = [_limit_of(group) for group in groups]
+    own = next(group for group in groups if group is not dist.group.WORLD and group.size() > 1)
+    seconds, gone = None, None
+    if dist.get_rank() == 0:
+        begin = time.monotonic()
+        try:
+            dist.all_reduce(torch.zeros(1), group=own)
+        except RuntimeError as error:
+            seconds, gone = time.monotonic() - begin, is_gone(error) or str(error)
+    else:
+        time.sleep(4.0)
+    return {
+        "applied": outcome.applied,
+        "before": before,
+        "after": after,
+        "seconds": seconds,
+        "gone": gone,
+    }
+
+
+def _limit_of(group):
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()

@@ -288,3 +288,95 @@ def test_importing_it_imports_no_torch() -> None:
     code += "print([name for name in ('torch', 'deepspeed', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# What a batch job of two nodes with four tasks gives each step, its own numbers included.
+IN_A_JOB = {
+    "SLURM_JOB_ID": "71",
+    "SLURM_JOBID": "71",
+    "SLURM_JOB_NODELIST": "n[1-4]",
+    "SLURM_NODELIST": "n[1-4]",
+    "SLURM_JOB_NUM_NODES": "4",
+    "SLURM_NNODES": "4",
+    "SLURM_TASKS_PER_NODE": "1(x4)",
+    "SLURM_JOB_END_TIME": "1767225600",
+    "SLURM_SUBMIT_HOST": "login",
+    "SLURM_CLUSTER_NAME": "c",
+}
+IN_A_STEP = {
+    **IN_A_JOB,
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEPID": "2",
+    "SLURM_PROCID": "5",
+    "SLURM_NODEID": "2",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "6",
+    "SLURM_NPROCS": "6",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_NODELIST": "n[2-4]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+    "SLURM_GTIDS": "4,5",
+    "SLURM_SRUN_COMM_HOST": "10.0.0.1",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+}
+
+
+@pytest.mark.parametrize(
+    "mpi",
+    [
+        # srun --mpi=pmix, for a program that is linked to Open MPI; --mpi=pmi2 and --mpi=none.
+        {"PMIX_RANK": "5", "PMIX_NAMESPACE": "slurm.pmix.71.2", "PMIX_SERVER_URI2": "pmix.1;tcp4"},
+        {"PMI_RANK": "5", "PMI_SIZE": "6", "PMI_FD": "3", "PMI_JOBID": "71.2"},
+        # deepspeed --launcher slurm: srun --export=ALL,PYTHON..., no RANK and no MASTER_ADDR.
+        {"PYTHONUNBUFFERED": "1", "PYTHONPATH": "/home/u/run"},
+    ],
+    ids=["pmix", "pmi2", "deepspeed"],
+)
+def test_tasks_of_a_step_are_its_ranks(mpi: dict[str, str]) -> None:
+    found = read({**IN_A_STEP, **mpi})
+    assert (found.launcher, found.rank, found.world_size) == ("slurm", 5, 6)
+    assert (found.local_rank, found.local_size, found.node_rank, found.num_nodes) == (1, 2, 2, 3)
+    assert (found.master_addr, found.master_port) == ("n2", 10000 + (71 * 31 + 2) % 20000)
+
+
+def test_torchrun_in_a_task_of_a_step() -> None:
+    # srun --ntasks-per-node=1 torchrun --nnodes 3 --nproc-per-node 2 --rdzv-backend c10d ...
+    elastic = {
+        "RANK": "3",
+        "WORLD_SIZE": "6",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "1",
+        "GROUP_WORLD_SIZE": "3",
+        "ROLE_RANK": "3",
+        "ROLE_WORLD_SIZE": "6",
+        "ROLE_NAME": "default",
+        "MASTER_ADDR": "n2.cluster",
+        "MASTER_PORT": "41001",
+        "TORCHELASTIC_RUN_ID": "71",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    step = {**IN_A_STEP, "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "1"}
+    found = read({**step, **elastic})
+    assert (found.launcher, found.rank, found.world_size) == ("torchrun", 3, 6)
+    assert (found.master_addr, found.master_port, found.node_rank) == ("n2.cluster", 41001, 1)
+
+
+def test_mpirun_in_a_job_meets_on_its_first_node() -> None:
+    mpirun = {
+        "OMPI_COMM_WORLD_RANK": "5",
+        "OMPI_COMM_WORLD_SIZE": "8",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "OMPI_COMM_WORLD_NODE_RANK": "1",
+        "PMIX_NAMESPACE": "prterun-n1-77@1",
+        "PMIX_RANK": "5",
+    }
+    # Its daemons are the tasks of a step of their own.
+    found = read({**IN_A_STEP, **mpirun})
+    assert (found.launcher, found.rank, found.world_size) == ("mpirun", 5, 8)
+    assert (found.master_addr, found.node_rank, found.num_nodes) == ("n1", 2, 4)
+    assert read({**IN_A_STEP, **mpirun, "MASTER_ADDR": "ib1"}).master_addr == "ib1"
