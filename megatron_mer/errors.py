@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,23 @@ class ForeignCheckpointError(CheckpointError):
 
 
 class RunStopped(MegatronMerError):
-    """A run ended early as its configuration asks for, with a checkpoint to go on from."""
+    """A run ended early, as it was asked to, with a checkpoint to go on from."""
 
     exit_code = 3
+    status: Literal["stopped", "requeue"] = "stopped"
+    """What ``status.json`` says then."""
+
+
+class RunRequeued(RunStopped):
+    """A run ended early because its time is over; whoever started it starts it again."""
+
+    exit_code = 4
+    status = "requeue"
 
 
 class TrainingError(MegatronMerError):
     """Training cannot go on."""
+
+
+class PeerError(TrainingError):
+    """Another rank failed, and this one cannot go on without it."""

@@ -56,11 +56,26 @@ class _Write:
     """Every rank's files are there; rank 0 gives it its name."""
     stall: float = 0.0
     """Seconds that training waited for the copy."""
+    worked: float = 0.0
+    """Seconds that this rank wrote after that."""
     begin: float = 0.0
 
     @property
     def temporary(self) -> Path:
         return self.final.with_name(self.final.name + TEMPORARY)
+
+
+class _WatchedStop(threading.Event):
+    """Whether to stop; whoever asks, once a piece, shows that the write goes on."""
+
+    def __init__(self, progress: Callable[[], None]) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def is_set(self) -> bool:
+        """Whether the write is to end."""
+        self._progress()
+        return super().is_set()
 
 
 class CheckpointWriter:
@@ -83,6 +98,8 @@ class CheckpointWriter:
         pin_memory: The state is on a GPU: take page-locked memory.
         committed: Called on rank 0 with the step of a checkpoint that is whole on the disk.
         in_use: Gives on rank 0 the name of a checkpoint that must not be removed now.
+        progress: Called in the thread as each piece goes to the disk.
+        measured: Called with the seconds that this rank's part of a whole checkpoint took.
 
     Raises:
         CheckpointError: on all ranks; the directory cannot be written, or memory is short.
@@ -101,6 +118,8 @@ class CheckpointWriter:
         pin_memory: bool = False,
         committed: Callable[[int], None] = lambda step: None,
         in_use: Callable[[], str | None] = lambda: None,
+        progress: Callable[[], None] = lambda: None,
+        measured: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._root = Path(directory)
         self._rank = rank
@@ -110,10 +129,11 @@ class CheckpointWriter:
         self._keep_every = keep_every
         self._committed = committed
         self._in_use = in_use
+        self._measured = measured
         self._write: _Write | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._stop = threading.Event()
+        self._stop = _WatchedStop(progress)
         try:
             if keep_last < 1:
                 raise ValueError(f"keep_last is {keep_last}, it must be at least 1")
@@ -223,11 +243,16 @@ class CheckpointWriter:
             )
 
     def _start(self, work: Callable[[], None]) -> None:
+        write = self._write
+
         def run() -> None:
+            begin = time.perf_counter()
             try:
                 work()
             except BaseException as error:  # noqa: BLE001 - the main thread raises it
                 self._failure = error
+            if write is not None:
+                write.worked += time.perf_counter() - begin
 
         # A daemon: a process that is being stopped does not wait for the disk.
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
@@ -259,6 +284,7 @@ class CheckpointWriter:
                 self._start(lambda: self._name(write))
             return
         self._write = None
+        self._measured(write.stall + write.worked)
         if self._rank == 0:
             logger.info(
                 "%s is written: %.1f s, of which training waited %.2f s",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,6 +99,10 @@ class TrainingEngine:
 
     def _initial_value(self, piece: Piece) -> Tensor:
         return init_parameter(piece.parameter, piece.name, self.config.model, self.config.seed)
+
+    def on_micro_batch(self, call: Callable[[], None]) -> None:
+        """Call something whenever a micro batch goes forward, in training and in evaluation."""
+        self._module.register_forward_pre_hook(lambda *_: call())
 
     @property
     def reads_data(self) -> bool:

@@ -47,7 +47,7 @@ def _rank_main(
     log = open(f"{folder}/rank_{rank}.log", "w", buffering=1)  # noqa: SIM115 (lives as long as the rank)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
+    faulthandler.register(signal.SIGQUIT, file=log, all_threads=True)
     os.environ.update(environ)
     try:
         spec = importlib.util.spec_from_file_location(Path(source).stem, source)
@@ -165,7 +165,7 @@ def _wait(processes: Sequence[Any], folder: Path, timeout: float, grace: float) 
             hung = all(process.exitcode in (None, 0) for process in processes)
             if hung:
                 for rank in alive:
-                    os.kill(processes[rank].pid, signal.SIGUSR1)
+                    os.kill(processes[rank].pid, signal.SIGQUIT)
                 time.sleep(1.0)
             for rank in alive:
                 processes[rank].kill()

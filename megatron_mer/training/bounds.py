@@ -6,7 +6,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from megatron_mer.config import TaskConfig
+import torch.distributed as dist
+
+from megatron_mer.config import RunConfig, TaskConfig
+from megatron_mer.training.outputs import RunDirectory
 
 
 def over_bound(
@@ -65,3 +68,24 @@ def bound_text(found: Mapping[str, float], most: float, step: int) -> str:
     worst = sorted(found, key=lambda name: -found[name])
     listed = ", ".join(f"{name} {found[name]:.3f}" for name in worst)
     return f"forgetting at step {step} is above evaluate.bounds.max_forgetting {most:g}: {listed}"
+
+
+def agreed_bound(config: RunConfig, outputs: RunDirectory, rank: int, step: int) -> str | None:
+    """Rank 0, which has the evaluations, tells all ranks what is above the bound. Collective.
+
+    Args:
+        config: the run.
+        outputs: its directory.
+        rank: this rank.
+        step: applied updates so far.
+    """
+    bounds = config.evaluate.bounds if config.evaluate else None
+    if bounds is None:
+        return None
+    said: list[str | None] = [None]
+    if rank == 0:
+        most = bounds.max_forgetting
+        if found := over_bound(outputs.evaluations(), config.stream, most):
+            said = [bound_text(found, most, step)]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
+from megatron_mer.continual.entries import Entry
 from megatron_mer.continual.reptile import Reptile
 from megatron_mer.data.evaluation_set import EvaluationSet
 from megatron_mer.engine.training_engine import TrainingEngine
+from megatron_mer.training.run_state import RunState
 
 
 class Evaluator:
@@ -51,3 +55,42 @@ class Evaluator:
             micro_batches if engine.reads_data else None,
             held_out.num_batches * engine.num_micro_batches,
         )
+
+
+def evaluation_line(
+    moment: str,
+    entry: Entry | None,
+    state: RunState,
+    reptile: Reptile | None,
+    losses: Mapping[str, float],
+    anchor: Mapping[str, float] | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """A line of ``evaluations.jsonl``.
+
+    Args:
+        moment: ``start``, ``entry_end`` or ``interval``.
+        entry: the entry in training, None before the first step.
+        state: where the run stands.
+        reptile: its Reptile, None without.
+        losses: nats a token by held-out set.
+        anchor: the same with the anchor; None: not evaluated.
+        seconds: that it took.
+    """
+    line = {
+        "step": state.updates,
+        "batches": state.batches,
+        "moment": moment,
+        "entry": entry.index if entry else None,
+        "task": entry.task if entry else None,
+        "updates_since_reptile": reptile.updates_since if reptile else None,
+        "losses": {name: finite(loss) for name, loss in losses.items()},
+    }
+    if anchor is not None:
+        line["losses_anchor"] = {name: finite(loss) for name, loss in anchor.items()}
+    return {**line, "seconds": round(seconds, 3)}
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN or infinity."""
+    return value if value is not None and math.isfinite(value) else None

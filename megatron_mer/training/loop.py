@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,28 +17,28 @@ from megatron_mer.data.batches import RankBatch, Rows
 from megatron_mer.data.loader import TrainLoader
 from megatron_mer.engine.distributed import device, first_failure
 from megatron_mer.engine.training_engine import StepOutcome, TrainingEngine
-from megatron_mer.errors import RunStopped, TrainingError
+from megatron_mer.errors import RunStopped
+from megatron_mer.launch.requests import Request
 from megatron_mer.log import get_logger
 from megatron_mer.model import Dimensions
-from megatron_mer.training.bounds import bound_text, over_bound
+from megatron_mer.training.bounds import agreed_bound
 from megatron_mer.training.console import Progress
 from megatron_mer.training.copies import SECONDS_AT_THE_END
-from megatron_mer.training.evaluation import Evaluator
+from megatron_mer.training.evaluation import Evaluator, evaluation_line, finite
 from megatron_mer.training.exports import AfterCheckpoint
+from megatron_mer.training.guard import Guard
 from megatron_mer.training.learning_rate import lr_of
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.resume import settings
 from megatron_mer.training.run_buffer import RunBuffer
 from megatron_mer.training.run_state import RunState
+from megatron_mer.training.skipped import note_skipped
 from megatron_mer.training.sources import SourceLosses
 from megatron_mer.training.step_log import StepLog
 from megatron_mer.training.summary import show_results, write_results
 from megatron_mer.training.trackers import Trackers
 from megatron_mer.training.usage import Usage
-
-# After so many batches in a row without a finite gradient the weights are beyond mending.
-MAX_SKIPPED_IN_A_ROW = 20
 
 logger = get_logger(__name__)
 
@@ -58,6 +57,7 @@ class Trainer:
         outputs: the run's directory.
         rank: this rank.
         world_size: number of ranks.
+        guard: what it is asked for from outside, and what watches that it moves.
         trackers: metric services, caught up with the files; None: there are none.
         buffer: the replay buffer as it was at ``state``; None: replay is from the stream.
     """
@@ -71,6 +71,7 @@ class Trainer:
         outputs: RunDirectory,
         rank: int,
         world_size: int,
+        guard: Guard,
         trackers: Trackers | None = None,
         buffer: RunBuffer | None = None,
     ) -> None:
@@ -82,6 +83,7 @@ class Trainer:
         self.outputs = outputs
         self.rank = rank
         self.world_size = world_size
+        self.guard = guard
         self.trackers = trackers or Trackers()
         self.buffer = buffer
         self._waited_for_buffer = 0.0
@@ -104,13 +106,18 @@ class Trainer:
             pin_memory=device().type == "cuda",
             committed=self._committed,
             in_use=self._copies.in_hand,
+            progress=guard.progress,
+            measured=guard.pace.checkpoint,
         )
         self._copies.start()
 
     def run(self) -> None:
         """Train to the end and write the results. Collective."""
+        self.guard.before_the_first_step(self.state.updates)
         if self.state.batches == 0:
             self._evaluate("start", None)
+        elif self.state.evaluation_due:
+            self._evaluate_what_is_due(self.state.evaluation_due)
         loader = self._loader() if self.engine.reads_data else None
         progress = Progress(self.plan.total_batches, enabled=self.rank == 0)
         progress.start(self.state.batches)
@@ -152,6 +159,7 @@ class Trainer:
             self.buffer.settle(outcome.reports[:, 4].tolist())
         seconds = time.perf_counter() - begin
         self.state.seconds += seconds
+        self.guard.step_ended(seconds)
         entry = self.plan.entry_of(batch)
         if data is not None and data.rows is not None:
             line = self._metrics(batch, entry, lr, outcome, data.rows, update, seconds)
@@ -172,6 +180,7 @@ class Trainer:
             self._usage.memory_gib(),
             self._checkpoints.report(),
             self.buffer.report() if self.buffer else 0.0,
+            self.guard.report(),
         )
 
     def _count(
@@ -188,19 +197,7 @@ class Trainer:
         else:
             self.plan.mark_skipped(batch)
         self.state.skipped_in_a_row += 1
-        log = logger.warning if self.rank == 0 else logger.debug
-        log(
-            "batch %d: loss or gradient is not finite (loss %s); no update, its fresh rows are "
-            "marked skipped",
-            batch,
-            outcome.loss,
-        )
-        if self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise TrainingError(
-                f"{MAX_SKIPPED_IN_A_ROW} batches in a row gave no finite loss and gradient, the "
-                f"last is batch {batch}; start again from the last checkpoint with a lower "
-                "optimizer.lr or optimizer.clip"
-            )
+        note_skipped(batch, outcome.loss, self.state.skipped_in_a_row, self.rank)
         return None
 
     def _metrics(
@@ -221,10 +218,10 @@ class Trainer:
             "batch": batch,
             "task": entry.task,
             "lr": lr,
-            "loss": _finite(outcome.loss),
+            "loss": finite(outcome.loss),
             "loss_fresh": by_kind["fresh"],
             "loss_replay": by_kind["replay"],
-            "grad_norm": _finite(outcome.grad_norm),
+            "grad_norm": finite(outcome.grad_norm),
             "replay_rows": self.plan.replay_rows(batch),
             "consumed_samples": self.plan.rows_before(self.state.batches),
             "consumed_fresh_samples": self.plan.fresh_rows_before(self.state.batches),
@@ -246,17 +243,46 @@ class Trainer:
         return line
 
     def _after(self, batch: int, entry: Entry, outcome: StepOutcome) -> None:
-        """Evaluate and save where it is due."""
+        """Evaluate and save where it is due or asked for."""
+        request = self.guard.agreed(outcome.reports[:, 5])
         ends = batch + 1 == entry.last_batch
         every = self.config.evaluate.every_steps if self.config.evaluate else None
+        interval = outcome.applied and every and self.state.updates % every == 0
+        moment = "entry_end" if ends else "interval" if interval else None
         too_much = None
-        if ends:
-            too_much = self._evaluate("entry_end", entry)
-        elif outcome.applied and every and self.state.updates % every == 0:
-            too_much = self._evaluate("interval", entry)
+        if request.effect == "requeue":  # There may be no time for more than the checkpoint.
+            self.state.evaluation_due = moment
+        elif moment:
+            too_much = self._evaluate(moment, entry)
         every = self.config.checkpoint.every_steps
-        if ends or (outcome.applied and every and self.state.updates % every == 0):
+        due = ends or (outcome.applied and every and self.state.updates % every == 0)
+        self.guard.answer(request, self.state.updates)
+        if due or request:
             self.save(permanent=ends)
+        if too_much:
+            self._bound(too_much)
+        self._obey(request)
+
+    def _obey(self, request: Request) -> None:
+        """Do what is asked for; the checkpoint that answers it was begun. Collective.
+
+        Raises:
+            RunStopped: the run is to end; a checkpoint is there.
+        """
+        if request.effect not in ("stop", "requeue"):
+            return
+        self.wait_for_checkpoint()
+        if request.effect == "stop":
+            self.guard.no_more_steps()
+            self._copies.finish(SECONDS_AT_THE_END)
+        raise self.guard.stop(request, self.state.updates, saved=True)
+
+    def _evaluate_what_is_due(self, moment: str) -> None:
+        """Make up for what the last start had no time for; its checkpoint is written again."""
+        entry = self.plan.entry_of(self.state.batches - 1)
+        too_much = self._evaluate(moment, entry)
+        self.state.evaluation_due = None
+        self.save(permanent=moment == "entry_end")
         if too_much:
             self._bound(too_much)
 
@@ -277,43 +303,17 @@ class Trainer:
             anchor = self.evaluator.evaluate_anchor(self.reptile, losses)
         seconds = time.perf_counter() - begin
         self.state.seconds += seconds
+        self.guard.pace.evaluation(seconds)
         if not losses:
             return None
         if self.rank == 0:
-            line = {
-                "step": self.state.updates,
-                "batches": self.state.batches,
-                "moment": moment,
-                "entry": entry.index if entry else None,
-                "task": entry.task if entry else None,
-                "updates_since_reptile": self.reptile.updates_since if self.reptile else None,
-                "losses": {name: _finite(loss) for name, loss in losses.items()},
-            }
-            if anchor is not None:
-                line["losses_anchor"] = {name: _finite(loss) for name, loss in anchor.items()}
-            line["seconds"] = round(seconds, 3)
+            line = evaluation_line(moment, entry, self.state, self.reptile, losses, anchor, seconds)
             self.outputs.append_evaluation(line)
             self.trackers.evaluation(line)
-            self._show_evaluation(entry, losses)
-        return self._over_bound()
-
-    def _show_evaluation(self, entry: Entry | None, losses: Mapping[str, float]) -> None:
-        shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-        where = "before the first step" if entry is None else f"step {self.state.updates}"
-        logger.info("held-out loss, %s: %s", where, shown)
-
-    def _over_bound(self) -> str | None:
-        """Rank 0, which has the evaluations, tells all ranks what is too much. Collective."""
-        bounds = self.config.evaluate.bounds if self.config.evaluate else None
-        if bounds is None:
-            return None
-        said: list[str | None] = [None]
-        if self.rank == 0:
-            stream, most = self.config.stream, bounds.max_forgetting
-            if found := over_bound(self.outputs.evaluations(), stream, most):
-                said = [bound_text(found, most, self.state.updates)]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
+            shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+            where = "before the first step" if entry is None else f"step {self.state.updates}"
+            logger.info("held-out loss, %s: %s", where, shown)
+        return agreed_bound(self.config, self.outputs, self.rank, self.state.updates)
 
     def _bound(self, text: str) -> None:
         """Do what the configuration says of too much forgetting. Collective.
@@ -328,6 +328,7 @@ class Trainer:
             return
         self.save()
         self.wait_for_checkpoint()
+        self.guard.no_more_steps()
         self._copies.finish(SECONDS_AT_THE_END)
         raise RunStopped(
             f"{text}; a checkpoint was saved. Start again to go on to the next evaluation, raise "
@@ -372,6 +373,7 @@ class Trainer:
 
     def _committed(self, step: int) -> None:
         self.outputs.write_status("running", step)
+        self.guard.saved(step)
         if self.buffer:
             self.buffer.committed()
         self._copies.offer(step)
@@ -383,17 +385,14 @@ class Trainer:
         """Write summary, ledger and picture; say that the run is done."""
         self.save()
         self.wait_for_checkpoint()
+        self.guard.no_more_steps()
         if self.buffer:
             self.buffer.finish()
         if self.rank == 0:
             self.trackers.finish(write_results(self.outputs, self._prepared, self.state))
             show_results(self.outputs)
         dist.barrier()
+        self.guard.close()
         if self.rank == 0:
             self.outputs.write_status("done", self.state.updates)
         self._copies.finish(SECONDS_AT_THE_END)
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN or infinity."""
-    return value if value is not None and math.isfinite(value) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import io
 import os
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 from megatron_mer.config import RunConfig, describe, load_config
 from megatron_mer.continual.history import KINDS
-from megatron_mer.errors import ConfigError, MegatronMerError, Problem, RunStopped
+from megatron_mer.errors import ConfigError, LaunchError, MegatronMerError, Problem, RunStopped
 from megatron_mer.launch.environment import RankEnvironment, rank_environment
 from megatron_mer.log import setup_logging
 from megatron_mer.training.preflight import Prepared, prepare
@@ -81,7 +82,11 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code (0 done, 2 bad configuration, 1 failed)."""
+    """Run the program.
+
+    Returns:
+        Its exit code: 0 done, 1 failed, 2 refused, 3 stopped on request, 4 to be started again.
+    """
     own, overrides = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     setup_logging(rank=0)
     try:
@@ -183,13 +188,13 @@ def _train(
     # torch and DeepSpeed take seconds to import, so a refused configuration does not wait for them.
     from megatron_mer.training.start import run
 
-    # A launcher that is interrupted ends its ranks with SIGTERM: the run says that it was stopped.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A crash of the interpreter, or NCCL's abort after a time limit, says where it was.
+    faulthandler.enable()
     try:
         run(prepared, environment.rank, environment.world_size, fresh, accept)
     except KeyboardInterrupt:
         return 3
-    except ConfigError as error:
+    except (ConfigError, LaunchError) as error:
         return _refuse(error, environment)
     except RunStopped as error:
         return _report(error, 0) if environment.rank == 0 else error.exit_code

@@ -220,16 +220,18 @@ class RunDirectory:
         """All evaluations so far, oldest first."""
         return read_lines(self._evaluations)
 
-    def cut_to(self, batches: int) -> None:
+    def cut_to(self, batches: int, evaluated: bool = True) -> None:
         """Move lines of batches that a resumed run does again into ``*.lost.jsonl``.
 
         Args:
             batches: number of batches the checkpoint has behind it; metrics of a later batch and
                 evaluations after a later batch are cut, as is a last line torn by a kill. Without a
                 checkpoint it is 0, and the evaluation before the first step is done again too.
+            evaluated: what was to be evaluated right after them was; else that is done again.
         """
+        last = batches if evaluated else batches - 1
         _cut(self._metrics, lambda line: int(line["batch"]) < batches)
-        _cut(self._evaluations, lambda line: 0 < batches >= int(line["batches"]))
+        _cut(self._evaluations, lambda line: batches > 0 and int(line["batches"]) <= last)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

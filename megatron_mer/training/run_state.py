@@ -41,6 +41,8 @@ class RunState:
     """Batches without an update since the last update."""
     updates_before: int = 0
     """Updates of another run behind the moments that this one began with."""
+    evaluation_due: str | None = None
+    """The evaluation that had to wait for the next start, for want of time: its moment."""
 
     def to_json(
         self,
@@ -65,6 +67,7 @@ class RunState:
             "seconds": self.seconds,
             "skipped_in_a_row": self.skipped_in_a_row,
             "updates_before": self.updates_before,
+            "evaluation_due": self.evaluation_due,
             "history": history,
             "settings": dict(settings),
             "reptile": reptile,
@@ -84,8 +87,8 @@ class RunState:
                 f"the checkpoint's run state has format {version}; this version reads "
                 f"{FORMAT_VERSION}. Resume it with the version that wrote it"
             )
-        # Runs of before had no such start.
-        content = {"updates_before": 0, **content}
+        # Runs of before had no such start, and no such end.
+        content = {"updates_before": 0, "evaluation_due": None, **content}
         missing = [key for key in (*vars(cls()), "history", "settings") if key not in content]
         if missing:
             raise CheckpointError(
@@ -99,4 +102,5 @@ class RunState:
             seconds=float(content["seconds"]),
             skipped_in_a_row=int(content["skipped_in_a_row"]),
             updates_before=int(content["updates_before"]),
+            evaluation_due=content["evaluation_due"],
         )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ from megatron_mer.config import RunConfig, to_yaml
 from megatron_mer.continual.reptile import Reptile
 from megatron_mer.engine.distributed import device, first_failure, start_distributed
 from megatron_mer.engine.training_engine import TrainingEngine
-from megatron_mer.errors import CheckpointError, ConfigError, MegatronMerError, Problem, RunStopped
+from megatron_mer.errors import CheckpointError, ConfigError, MegatronMerError, Problem
 from megatron_mer.log import get_logger, setup_logging
 from megatron_mer.optim.schedule import end_of_schedule, horizon, lr_at
 from megatron_mer.parallel import Layout
@@ -35,8 +34,9 @@ from megatron_mer.training.copies import refuse_fresh
 from megatron_mer.training.dropped import dropped_tasks, without_dropped
 from megatron_mer.training.exports import AfterCheckpoint
 from megatron_mer.training.from_hf import begin_with_folder, keep_folder
+from megatron_mer.training.guard import Guard
 from megatron_mer.training.loop import Trainer
-from megatron_mer.training.outputs import RunDirectory, Status
+from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.rank_0 import from_rank_0, raise_everywhere
 from megatron_mer.training.resume import changes, incomparable, resumed
@@ -69,12 +69,20 @@ def run(
         ConfigError: the configuration may not continue the run that is there; it stays as it was.
         MegatronMerError: what went wrong, after ``status.json`` says so too.
     """
+    launch = prepared.config.launch
     outputs = RunDirectory(prepared.config.output_dir)
-    start_distributed()
+    guard = Guard(launch, outputs, rank)
+    guard.start(start_distributed(timedelta(seconds=launch.setup_timeout_seconds)))
     try:
         _prepare_directory(prepared.config, outputs, rank, fresh)
-        _run(prepared, outputs, rank, world_size, accept)
+        _run(prepared, outputs, rank, world_size, accept, guard)
+    except BaseException as error:
+        ended = guard.end(error)
+        if ended is error:
+            raise
+        raise ended from error
     finally:
+        guard.close()
         outputs.unlock()
 
 
@@ -84,9 +92,11 @@ def _run(
     rank: int,
     world_size: int,
     accept: Collection[str],
+    guard: Guard,
 ) -> None:
     passed_over = bring_back(prepared, outputs, rank, world_size, accept)
     info = _agreed_checkpoint(outputs, rank, passed_over)
+    guard.progress()
     if (found := info) is not None:
         info = from_rank_0(rank, lambda: _without_dropped(found, outputs, passed_over))
     prepared, state = _state(prepared, info, accept)
@@ -94,28 +104,12 @@ def _run(
     if rank == 0:
         for line in passed_over:
             logger.warning("%s", line)
-    if state.batches >= prepared.plan.total_batches:
+    if state.batches >= prepared.plan.total_batches and not state.evaluation_due:
+        guard.no_more_steps()
         _end(prepared, outputs, state, rank, world_size)
         return
-    owner = from_rank_0(rank, lambda: _begin(outputs, state))
-    try:
-        _train(prepared, outputs, info, state, rank, world_size, accept)
-    except KeyboardInterrupt:
-        reason = "interrupted; start again to resume from the last checkpoint"
-        _note(outputs, owner, "stopped", reason)
-        raise
-    except RunStopped as error:
-        # Every rank stops here, after the last write.
-        dist.barrier()
-        if rank == 0:
-            outputs.write_status("stopped", state.updates, str(error))
-        raise
-    except MegatronMerError as error:
-        _note(outputs, owner, "failed", f"rank {rank}: {error}")
-        raise
-    except Exception as error:
-        _note(outputs, owner, "failed", f"rank {rank}: {type(error).__name__}: {error}")
-        raise
+    guard.owner = from_rank_0(rank, lambda: guard.begin(state.updates))
+    _train(prepared, outputs, info, state, rank, world_size, accept, guard)
 
 
 def _without_dropped(
@@ -128,29 +122,6 @@ def _without_dropped(
         said.append(f"task {named} was dropped from the replay buffer after {info.path.name} was ")
         said[-1] += "written: no row of it from before is replayed from here on"
     return replace(info, run_state=dict(run_state))
-
-
-def _begin(outputs: RunDirectory, state: RunState) -> list[Any]:
-    """Say that the run is alive; host and process that say so, of rank 0."""
-    outputs.write_status("running", state.updates)
-    return [platform.node(), os.getpid()]
-
-
-def _note(outputs: RunDirectory, owner: list[Any], status: Status, reason: str) -> None:
-    """Say how the run ended; the first rank to fail has the cause, the others its consequences.
-
-    A rank that outlives rank 0 for long finds another start's status, and leaves it alone.
-    """
-    last = outputs.read_status()
-    # A run that is done may be stopped while its last checkpoint is copied.
-    if last.get("status") in ("failed", "done"):
-        return
-    if last and [last.get("host"), last.get("pid")] != owner:
-        return
-    try:
-        outputs.write_status(status, int(last.get("step", 0)), reason)
-    except MegatronMerError as error:
-        logger.error("status.json cannot be written (%s): %s, %s", error, status, reason)
 
 
 def _prepare_directory(config: RunConfig, outputs: RunDirectory, rank: int, fresh: bool) -> None:
@@ -211,10 +182,12 @@ def _train(
     rank: int,
     world_size: int,
     accept: Collection[str],
+    guard: Guard,
 ) -> None:
     config = prepared.config
     layout = Layout.of(config.parallel, world_size)
     engine = TrainingEngine(config, layout, rank)
+    guard.progress()
     if info is None and config.checkpoint.init_from is not None:
         _take_weights(engine, config, state, rank)
     elif info is None and config.model.from_hf is not None:
@@ -227,6 +200,8 @@ def _train(
         )
         if reptile:
             reptile.restore_counters(info.run_state["reptile"])
+    guard.built(engine.checkpoint_bytes(reptile.tensors() if reptile else {}))
+    engine.on_micro_batch(guard.progress)
     dist.barrier()
     if rank == 0:
         _record_start(prepared, outputs, info, state, world_size, accept)
@@ -244,7 +219,7 @@ def _train(
         if buffer:
             stack.callback(buffer.close)
         trainer = Trainer(
-            prepared, engine, reptile, state, outputs, rank, world_size, trackers, buffer
+            prepared, engine, reptile, state, outputs, rank, world_size, guard, trackers, buffer
         )
         stack.callback(trainer.close)
         trainer.run()
@@ -327,7 +302,7 @@ def _record_start(
     accept: Collection[str],
 ) -> None:
     _warn_of_slow_bf16(prepared.config)
-    outputs.cut_to(state.batches)
+    outputs.cut_to(state.batches, evaluated=not state.evaluation_due)
     _describe_run(prepared, outputs, world_size)
     if info is None:
         keep_folder(prepared, outputs.root)

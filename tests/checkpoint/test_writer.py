@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,3 +200,20 @@ def test_a_snapshot_of_pieces_of_one_tensor():
 def test_a_host_without_the_memory_is_told():
     with pytest.raises(CheckpointError, match="GiB of host memory on each rank"):
         Snapshot(1 << 60)
+
+
+def test_a_write_shows_that_it_goes_on_and_how_long_it_took(tmp_path: Path):
+    pieces: list[str] = []
+    seconds: list[float] = []
+    writer = a_writer(
+        tmp_path,
+        progress=lambda: pieces.append(threading.current_thread().name),
+        measured=seconds.append,
+    )
+    started = time.perf_counter()
+    begin(writer, 1)
+    assert seconds == []
+    writer.wait()
+    assert 0 < seconds[0] <= time.perf_counter() - started
+    assert len(seconds) == 1
+    assert pieces.count("checkpoint") >= 2, "at each piece"
