@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,10 @@ def _missing_for(marker: str) -> str | None:
     """What this machine lacks for tests with the marker; None if they can run."""
     if marker == "slurm" and shutil.which("slurmctld") is None:
         return "Slurm is not installed (no slurmctld in PATH)"
+    if marker == "slurm":
+        spaces = ["unshare", "--mount", "--uts", "--pid", "--fork", "true"]
+        if subprocess.run(spaces, stderr=subprocess.DEVNULL).returncode != 0:
+            return "Slurm's virtual nodes need root and namespaces (unshare is not permitted)"
     if marker == "gpu":
         if shutil.which("nvidia-smi") is None:
             return "no NVIDIA driver (no nvidia-smi in PATH)"
