@@ -71,6 +71,10 @@ class LaunchError(MegatronMerError):
     exit_code = 2
 
 
+class NodeError(MegatronMerError):
+    """A node is not fit for the run."""
+
+
 class CheckpointError(MegatronMerError):
     """A checkpoint cannot be written, is damaged, or does not fit the run."""
 

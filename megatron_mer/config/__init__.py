@@ -4,6 +4,7 @@ from megatron_mer.config.checks import check_layout
 from megatron_mer.config.describe import describe
 from megatron_mer.config.load import load_config, resolve_vocab, to_yaml
 from megatron_mer.config.model_schema import ModelConfig, RopeScaling
+from megatron_mer.config.preflight_schema import PreflightConfig
 from megatron_mer.config.schedule_checks import check_segments
 from megatron_mer.config.schema import (
     BatchConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PreflightConfig",
     "ReplayConfig",
     "ReptileConfig",
     "RopeScaling",

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from megatron_mer.config import field_types, model_schema, schema
+from megatron_mer.config import field_types, model_schema, preflight_schema, schema
 
 _NOUNS: Final = {
     int: "a whole number",
@@ -142,7 +142,8 @@ def _default(section: type, field: Field[Any]) -> str:
 def _meanings() -> dict[tuple[str, str], str]:
     """Reads the texts below the fields, which Python itself does not keep."""
     found = {}
-    sources = (inspect.getsource(module) for module in (model_schema, schema))
+    modules = (model_schema, preflight_schema, schema)
+    sources = (inspect.getsource(module) for module in modules)
     for node in itertools.chain.from_iterable(ast.parse(source).body for source in sources):
         if not isinstance(node, ast.ClassDef):
             continue

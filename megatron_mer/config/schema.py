@@ -23,6 +23,7 @@ from megatron_mer.config.field_types import (
     Text,
 )
 from megatron_mer.config.model_schema import ModelConfig
+from megatron_mer.config.preflight_schema import PreflightConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +335,8 @@ class LaunchConfig:
     max_restarts_without_step: CountOrZero = 3
     """A job whose start failed or was killed is queued again at most so often in a row if no step
     was gained."""
+    preflight: PreflightConfig | None = None
+    """Leave out: nodes are not checked."""
 
 
 @dataclass(frozen=True, kw_only=True)

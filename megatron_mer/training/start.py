@@ -36,6 +36,7 @@ from megatron_mer.training.exports import AfterCheckpoint
 from megatron_mer.training.from_hf import begin_with_folder, keep_folder
 from megatron_mer.training.guard import Guard
 from megatron_mer.training.loop import Trainer
+from megatron_mer.training.node_checks import check_nodes
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
 from megatron_mer.training.rank_0 import from_rank_0, raise_everywhere
@@ -75,6 +76,8 @@ def run(
     guard.start(start_distributed(timedelta(seconds=launch.setup_timeout_seconds)))
     try:
         _prepare_directory(prepared.config, outputs, rank, fresh)
+        if limits := launch.preflight:
+            check_nodes(limits, outputs.root, rank)
         _run(prepared, outputs, rank, world_size, accept, guard)
     except BaseException as error:
         ended = guard.end(error)

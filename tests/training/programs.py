@@ -189,3 +189,31 @@ def _record(folder):
         return step(self, batch, lr, report)
 
     TrainingEngine.train_step = recorded
+
+
+def check_nodes(folder, limits, skewed=None):
+    """Check nodes, of which each rank is one; the error's text, if there is one.
+
+    Args:
+        folder: output_dir.
+        limits: keys of launch.preflight.
+        skewed: {"rank", "seconds"}: whose clock is wrong, and by how much.
+    """
+    import time
+
+    from megatron_mer.config import PreflightConfig
+    from megatron_mer.engine.distributed import start_distributed
+    from megatron_mer.errors import NodeError
+    from megatron_mer.training import node_checks
+
+    rank = int(os.environ["RANK"])
+    os.environ["SLURMD_NODENAME"] = f"n{rank}"
+    if skewed is not None and skewed["rank"] == rank:
+        right = time.time
+        time.time = lambda: right() + skewed["seconds"]
+    start_distributed()
+    try:
+        node_checks.check_nodes(PreflightConfig(**limits), Path(folder), rank)
+    except NodeError as error:
+        return str(error)
+    return None
