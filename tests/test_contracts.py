@@ -29,6 +29,7 @@ LIGHT_MODULES = (
     "megatron_mer.data.sidecar",
     "megatron_mer.data.tokenizers",
     "megatron_mer.launch.environment",
+    "megatron_mer.launch.requeue",
 )
 LIGHT_PROGRAMS = (
     "data_preprocessing/prepare_corpus.py",
@@ -40,6 +41,8 @@ LIGHT_PROGRAMS = (
     "tools/plot_schedule.py",
     "tools/preprocess_data.py",
     "tools/report.py",
+    "tools/requeue.py",
+    "tools/submit_slurm.py",
     "tools/train_tokenizer.py",
     "tools/watch.py",
 )

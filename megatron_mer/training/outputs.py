@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_mer.errors import ConfigError, TrainingError
+from megatron_mer.launch.freeze import COMMIT_FILE
 from megatron_mer.log import get_logger
 from megatron_mer.training.lock import NAME as LOCK
 from megatron_mer.training.lock import RunLock
@@ -315,6 +316,10 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """The commit of the code, with ``+changes`` when the tree differs from it."""
     here = Path(__file__).parent
+    # A copy that was frozen with a run says what it is of: what git would find is another project.
+    frozen = here.parents[1] / COMMIT_FILE
+    if frozen.is_file():
+        return frozen.read_text(encoding="utf-8").strip()
     try:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
