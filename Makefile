@@ -3,10 +3,10 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long format clean distclean
+.PHONY: help quickstart test test-long test-slurm format clean distclean
 .PHONY: venv venv-test venv-dev venv-gpu venv-benchmark venv-corpora venv-trackers
 .PHONY: benchmark-data-order
-.PHONY: check check-lint check-format check-cpp check-imports check-types
+.PHONY: check check-lint check-format check-cpp check-shell check-imports check-types
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,11 +33,14 @@ test: venv-test ## the test suite, without what is slow or needs Slurm or a GPU 
 test-long: venv-test ## every test that this machine can run; what it cannot is listed with the reason
 	$(PYTEST) $(PYTEST_ARGS)
 
+test-slurm: venv-test ## the short tests on a real Slurm of virtual nodes: needs root, slurmctld, slurmd and munge
+	$(PYTEST) -m "slurm and not slow" $(PYTEST_ARGS) tests/slurm
+
 benchmark-data-order: venv-benchmark ## measure the data order beside megatron-core's, some minutes (RECORD=1: into benchmarks/RESULTS.md)
 	$(BIN)/python benchmarks/data_order.py $(if $(filter-out 0,$(RECORD)),--record)
 	$(BIN)/python benchmarks/scale.py $(if $(filter-out 0,$(RECORD)),--record)
 
-check: check-lint check-format check-cpp check-imports check-types ## lint, format, types, import contracts: changes nothing
+check: check-lint check-format check-cpp check-shell check-imports check-types ## lint, format, types, import contracts: changes nothing
 
 check-lint: venv-dev
 	$(BIN)/ruff check .
@@ -47,6 +50,9 @@ check-format: venv-dev
 
 check-cpp: venv-dev
 	$(if $(CPP_SOURCES),$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES))
+
+check-shell: venv-dev
+	$(BIN)/shellcheck --external-sources .ci/run requirements/*.sh examples/slurm/*
 
 check-imports: venv-dev
 	$(BIN)/lint-imports --no-cache
