@@ -17,7 +17,8 @@ RECORD: Final = "restarts.json"
 BAD_NODES: Final = "bad_nodes.json"
 """Written by the checks of nodes before training: {node: what is wrong}."""
 MAX_WAITS: Final = 30
-"""Restarts in a row for a live twin: more than an hour at Slurm's usual two minutes each."""
+"""Restarts in a row that gained no step by nobody's fault: more than an hour at Slurm's usual two
+minutes each."""
 
 Action = Literal["start", "requeue", "end", "fail"]
 
@@ -33,7 +34,8 @@ class Record:
     restarts: int = 0
     """Restarts in a row that gained no step."""
     waits: int = 0
-    """Restarts in a row because another job still had the run's directory."""
+    """Restarts in a row without a step because another job still had the run's directory, or since
+    the run was asked to end before its first step."""
     seen: str = ""
     """Which `status.json` the job found: one that is still there says nothing of the job."""
     ended: str = ""
@@ -98,11 +100,11 @@ def decide_end(
     gained = step - record.step
     if state in ("done", "stopped") and not twin:
         return _over("end", _said(status), record)
-    if state == "requeue" and not twin:
-        clean = replace(record, step=step, restarts=0, waits=0)
-        return Decision("requeue", _said(status), clean)
     if twin:
-        return _wait(twin, replace(record, step=step), gained)
+        what = f"{twin} still trains in this directory"
+        return _wait(what, replace(record, step=step), gained)
+    if state == "requeue":
+        return _wait(_said(status), replace(record, step=step, restarts=0), gained)
     restarts = 0 if gained > 0 else record.restarts
     what = f"{_said(status)}, exit code {exit_code}, {_gain(gained)}"
     if bad_nodes:
@@ -117,13 +119,15 @@ def decide_end(
     return Decision("requeue", f"{what}; {left}", new)
 
 
-def _wait(twin: str, record: Record, gained: int) -> Decision:
-    waits = 0 if gained > 0 else record.waits
-    if waits >= MAX_WAITS:
-        text = f"{twin} still trains in this directory after {MAX_WAITS} restarts"
+def _wait(what: str, record: Record, gained: int) -> Decision:
+    """Runs again for a reason that is no fault, but not for ever."""
+    if gained > 0:
+        return Decision("requeue", what, replace(record, waits=0))
+    text = f"{what}; {record.waits + 1} of {MAX_WAITS} restarts in a row for such a reason"
+    if record.waits >= MAX_WAITS:
+        text = f"{what}; {MAX_WAITS} restarts in a row gained no step: is the time limit too short?"
         return _over("fail", text, record)
-    text = f"{twin} still trains in this directory: wait {waits + 1} of {MAX_WAITS} for it"
-    return Decision("requeue", text, replace(record, waits=waits + 1))
+    return Decision("requeue", text, replace(record, waits=record.waits + 1))
 
 
 def _over(action: Action, reason: str, record: Record) -> Decision:

@@ -41,10 +41,21 @@ def test_what_is_over_does_not_run_again(state):
 
 
 def test_a_checkpoint_for_a_requeue_always_runs_again():
-    record = began(restarts=3)
-    decision = decide_end(status("requeue", 0), record, 4, max_restarts=0)
+    record = began(restarts=3, waits=MAX_WAITS)
+    decision = decide_end(status("requeue", 4), record, 4, max_restarts=0)
     assert decision.action == "requeue"
-    assert decision.record.restarts == 0
+    assert (decision.record.restarts, decision.record.waits) == (0, 0)
+
+
+def test_a_job_that_never_comes_to_its_first_step_ends_some_day():
+    record = began()
+    for number in range(1, MAX_WAITS + 1):
+        decision = decide_end(status("requeue", 0), record, 4, max_restarts=0)
+        assert (decision.action, decision.record.waits) == ("requeue", number)
+        record = decision.record
+    last = decide_end(status("requeue", 0), record, 4, max_restarts=0)
+    assert last.action == "fail"
+    assert "is the time limit too short?" in last.reason
 
 
 @pytest.mark.parametrize("state", ["running", "failed"])
@@ -104,11 +115,11 @@ def test_a_live_twin_is_waited_for_but_not_for_ever():
     record = began()
     decision = decide_end(status("running", 0), record, 2, 0, twin="a run on n3")
     assert decision.action == "requeue"
-    assert "a run on n3 still trains in this directory: wait 1 of" in decision.reason
+    assert "a run on n3 still trains in this directory; 1 of 30 restarts" in decision.reason
     worn = decide_end(status("running"), began(waits=MAX_WAITS), 2, 0, twin="a run on n3")
     assert worn.action == "fail"
     lively = decide_end(status("running", 5), began(waits=MAX_WAITS), 2, 0, twin="a run on n3")
-    assert lively.record.waits == 1
+    assert (lively.action, lively.record.waits) == ("requeue", 0)
 
 
 def test_bad_nodes_are_named():
