@@ -63,8 +63,22 @@ train_until_done() {
         say "ended from outside: after pre-emption or a node's failure Slurm requeues the job itself, after scancel nobody does"
         exit 143
     fi
+    if ! still_ours; then
+        say "Slurm has begun this job anew elsewhere, or does not answer: nothing is decided here"
+        exit 1
+    fi
     ask end "$OUTPUT_DIR" --exit-code "$code" --max-restarts "${MAX_RESTARTS:-3}" || end_job "$?" "$code"
     run_again
+}
+
+still_ours() {
+    # A node that was cut off comes here too, when Slurm has long begun the job elsewhere.
+    local known=""
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        known=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null) && break
+        sleep 30
+    done
+    [[ $known == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
 }
 
 end_job() {
