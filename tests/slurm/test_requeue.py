@@ -33,12 +33,12 @@ def test_preemption(slurm_run, alone, launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_time_limit(slurm_run, alone):
     """More steps than a job has time for, on a cluster that does not tell when jobs end."""
     config = slurm_run.tiny.write("run", unsaved)
     (job,) = slurm_run.submit(config, "--time", "2", disk_seconds=5.0)
-    known = slurm_run.cluster.wait_job(job, 560)
+    known = slurm_run.cluster.wait_job(job, 800)
     assert known["JobState"] == "COMPLETED"
     assert int(known["Restarts"]) >= 1
     assert slurm_run.lost("run") == []
