@@ -185,6 +185,9 @@ def _show(
 def _train(
     prepared: Prepared, environment: RankEnvironment, fresh: bool, accept: frozenset[str]
 ) -> int:
+    # Until the run listens there is nothing to save, and nothing that these should end.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     # torch and DeepSpeed take seconds to import, so a refused configuration does not wait for them.
     from megatron_mer.training.start import run
 
