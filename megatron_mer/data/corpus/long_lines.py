@@ -1,7 +1,8 @@
 """A JSON line that is too long for memory: its texts are written to a file, piece by piece.
 
 The line is one JSON object. Its top-level strings under the wanted keys are decoded on the way;
-everything else is skipped, with no more said about it than that strings and brackets close.
+everything else is checked and skipped. A line is accepted or refused, and its text found, as by
+`parsing.parse_json_lines`, which reads shorter lines.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from megatron_mer.data.corpus.faults import INVALID_UTF8, NOT_JSON, NOT_TEXT, FaultError
-from megatron_mer.data.corpus.parsing import ReadSettings, missing
+from megatron_mer.data.corpus.parsing import KEYS_TOLD, ReadSettings, language_of, missing
 
 CHUNK = 1 << 18
-MAX_KEY = 1 << 16
+MAX_WORD, MAX_DEPTH = 1 << 16, 1000
+"""Bytes of a key, a number or a language, and brackets that may be open."""
 SPACE = b" \t\r\n"
+WORD_END = b",}]" + SPACE
 STRING_END = re.compile(rb'["\\]')
+WORD = re.compile(rb"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false|null|NaN|-?Infinity")
+"""What may stand for a value without quotes or brackets, in Python's JSON."""
+CLOSING = {b"{": b"}", b"[": b"]"}
 HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
 
 
@@ -31,12 +37,16 @@ class LongText:
         files: UTF-8, one after the other.
         separator: between them.
         size: bytes of all.
+        language: of the document.
     """
 
-    def __init__(self, files: list[BinaryIO], separator: str, size: int) -> None:
+    def __init__(
+        self, files: list[BinaryIO], separator: str, size: int, language: str = ""
+    ) -> None:
         self._files = files
         self._separator = separator
         self.size = size
+        self.language = language
 
     def chunks(self) -> Iterator[str]:
         """Yield the text in pieces of at most about `CHUNK` characters, none empty.
@@ -82,38 +92,42 @@ def read_long_line(file: BinaryIO, settings: ReadSettings, folder: Path | None) 
 
     Args:
         file: the line, at its start.
-        settings: which keys.
+        settings: which keys; where one comes twice, its last value counts.
         folder: for the files of the texts; None: the system's.
 
     Raises:
-        FaultError: as for a short line; also where one of the keys comes twice.
+        FaultError: as for a short line.
     """
-    scanner = _Scanner(file)
-    found: dict[str, tuple[BinaryIO, int]] = {}
-    keys: list[str] = []
+    scanner, targets = _Scanner(file), {key: temporary_file(folder) for key in settings.text_keys}
+    sizes: dict[str, int | FaultError] = {}
+    language, first_keys = "", dict[str, None]()
     try:
         for key in scanner:
-            keys.append(key)
-            if key not in settings.text_keys:
+            if len(first_keys) < KEYS_TOLD:
+                first_keys[key] = None
+            if key in targets:
+                sizes[key] = scanner.copy_string(key, targets[key])
+            elif key == settings.language_key:
+                language = language_of(scanner.value())
+            else:
                 scanner.skip_value()
-                continue
-            if key in found:
-                raise FaultError(NOT_JSON, f"key {key!r} comes twice")
-            target = temporary_file(folder)
-            found[key] = (target, 0)
-            found[key] = (target, scanner.copy_string(key, target))
-        for key in settings.text_keys:
-            if key not in found:
-                raise missing(key, keys)
+        size = sum(_checked_size(key, sizes, list(first_keys)) for key in settings.text_keys)
     except BaseException:
-        for target, _ in found.values():
+        for target in targets.values():
             target.close()
         raise
-    files = [found[key][0] for key in settings.text_keys]
-    for target in files:
+    for target in targets.values():
         target.seek(0)
-    size = sum(found[key][1] for key in settings.text_keys)
-    return LongText(files, settings.separator, size)
+    return LongText(list(targets.values()), settings.separator, size, language)
+
+
+def _checked_size(key: str, sizes: dict[str, int | FaultError], first_keys: list[str]) -> int:
+    if key not in sizes:
+        raise missing(key, first_keys)
+    size = sizes[key]
+    if isinstance(size, FaultError):
+        raise size
+    return size
 
 
 def temporary_file(folder: Path | None) -> BinaryIO:
@@ -143,9 +157,7 @@ class _Scanner:
             raise FaultError(NOT_JSON, "not JSON: expected an object")
         token = self._token()
         while token != b"}":
-            if token != b'"':
-                raise FaultError(NOT_JSON, f"not JSON: {token!r} where a key is expected")
-            yield self._key()
+            yield self._key(token)
             token = self._token()
             if token == b",":
                 token = self._token()
@@ -156,44 +168,87 @@ class _Scanner:
         if self._token() != b"":
             raise FaultError(NOT_JSON, "not JSON: extra data after the object")
 
-    def copy_string(self, key: str, target: BinaryIO) -> int:
-        """Write the value that comes next, a string, as UTF-8; return its bytes."""
-        if self._token() != b'"':
-            raise FaultError(NOT_TEXT, f"{key!r} is not a string; expected one")
-        size = 0
+    def copy_string(self, key: str, target: BinaryIO) -> int | FaultError:
+        """Write the value that comes next as UTF-8; return its bytes, or why it is no text."""
+        token = self._token()
+        if token != b'"':
+            self._skip(token)
+            return FaultError(NOT_TEXT, f"{key!r} is not a string; expected one")
+        target.seek(0)
+        target.truncate()
+        size: int | FaultError = 0
         for part in self._string():
-            size += target.write(part)
+            if isinstance(size, int):
+                try:
+                    size += target.write(part.encode("utf-8"))
+                except UnicodeEncodeError as error:
+                    reason = f"the text is not valid Unicode: {error.reason}"
+                    size = FaultError(INVALID_UTF8, reason)
         return size
 
     def skip_value(self) -> None:
         """Go behind the value that comes next."""
-        token, depth = self._token(), 0
-        if token not in (b'"', b"{", b"["):
-            self._skip_word()
-            return
-        while True:
-            if token == b'"':
-                for _ in self._string(decode=False):
-                    pass
-            elif token in (b"{", b"["):
-                depth += 1
-            elif token in (b"}", b"]"):
-                depth -= 1
-            elif not token:
-                raise _end()
-            if depth == 0:
-                return
-            token = self._token()
+        self._skip(self._token())
 
-    def _key(self) -> str:
-        key = b""
+    def value(self) -> Any:
+        """Return the value that comes next, a small one."""
+        start = self._place()
+        self.skip_value()
+        here, size = self._file.tell(), self._place() - start
+        if size > MAX_WORD:
+            raise FaultError(NOT_TEXT, f"a language of more than {MAX_WORD} bytes")
+        self._file.seek(start)
+        data = self._file.read(size)
+        self._file.seek(here)
+        return json.loads(data)
+
+    def _skip(self, token: bytes) -> None:
+        """Go behind a value whose first byte was read."""
+        closing = b""  # of the brackets that are open
+        while True:
+            if token in CLOSING:
+                closing += CLOSING[token]
+                if len(closing) > MAX_DEPTH:
+                    raise FaultError(NOT_JSON, f"more than {MAX_DEPTH} brackets within each other")
+                token = self._token()
+                if token != closing[-1:]:
+                    token = self._first_of(token, closing)
+                    continue
+                closing = closing[:-1]
+            elif token == b'"':
+                for _ in self._string():
+                    pass
+            else:
+                self._skip_word(token)
+            while closing and (token := self._token()) == closing[-1:]:
+                closing = closing[:-1]
+            if not closing:
+                return
+            if token != b",":
+                raise FaultError(NOT_JSON, f"not JSON: {token!r} after a value")
+            token = self._first_of(self._token(), closing)
+
+    def _first_of(self, token: bytes, closing: bytes) -> bytes:
+        """Return a value's first byte; in an object its key comes before."""
+        if closing.endswith(b"]"):
+            return token
+        self._key(token)
+        return self._token()
+
+    def _key(self, token: bytes) -> str:
+        if token != b'"':
+            raise FaultError(NOT_JSON, f"not JSON: {token!r} where a key is expected")
+        key = ""
         for part in self._string():
             key += part
-            if len(key) > MAX_KEY:
-                raise FaultError(NOT_JSON, f"a key of more than {MAX_KEY} bytes")
+            if len(key) > MAX_WORD:
+                raise FaultError(NOT_JSON, f"a key of more than {MAX_WORD} characters")
         if self._token() != b":":
             raise FaultError(NOT_JSON, "not JSON: no colon after a key")
-        return key.decode()
+        return key
+
+    def _place(self) -> int:
+        return self._file.tell() - len(self._data) + self._at
 
     def _more(self) -> bool:
         self._data, self._at = self._file.read(CHUNK), 0
@@ -210,16 +265,22 @@ class _Scanner:
             if not self._more():
                 return b""
 
-    def _skip_word(self) -> None:
+    def _skip_word(self, token: bytes) -> None:
         """Go behind a number, true, false or null, whose first byte was read."""
-        while self._at < len(self._data) or self._more():
-            if self._data[self._at : self._at + 1] in b",}]":
-                return
+        word = token
+        while len(word) <= MAX_WORD and (self._at < len(self._data) or self._more()):
+            byte = self._data[self._at : self._at + 1]
+            if byte in WORD_END:
+                break
+            word += byte
             self._at += 1
-        raise _end()
+        if not word:
+            raise _end()
+        if not WORD.fullmatch(word):
+            raise FaultError(NOT_JSON, f"not JSON: {word[:20]!r} where a value is expected")
 
-    def _string(self, decode: bool = True) -> Iterator[bytes]:
-        """Yield a string in pieces of UTF-8, from behind its first quote to behind its last."""
+    def _string(self) -> Iterator[str]:
+        """Yield a string in pieces, from behind its first quote to behind its last."""
         rest = b""
         while True:
             data, done = self._until_quote()
@@ -227,7 +288,7 @@ class _Scanner:
             # An escape, or half a pair of them, is kept for the next piece.
             keep = 0 if done else _open_end(piece)
             ready, rest = piece[: len(piece) - keep], piece[len(piece) - keep :]
-            if decode and ready:
+            if ready:
                 yield _unescape(ready)
             if done:
                 return
@@ -283,14 +344,11 @@ def _is_escaped(piece: bytes, place: int) -> bool:
     return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
 
 
-def _unescape(data: bytes) -> bytes:
+def _unescape(data: bytes) -> str:
     try:
-        text = json.loads('"' + data.decode("utf-8") + '"')
-        return cast(bytes, text.encode("utf-8"))
+        return cast(str, json.loads('"' + data.decode("utf-8") + '"'))
     except UnicodeDecodeError as error:
         raise FaultError(INVALID_UTF8, f"not UTF-8: {error.reason}") from error
-    except UnicodeEncodeError as error:
-        raise FaultError(INVALID_UTF8, f"the text is not valid Unicode: {error.reason}") from error
     except ValueError as error:
         raise FaultError(NOT_JSON, f"not JSON: {error}") from error
 

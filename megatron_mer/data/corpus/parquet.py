@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_mer.data.corpus.faults import DAMAGED, NOT_TEXT, Fault, FaultError
 from megatron_mer.data.corpus.inputs import is_remote, remote
-from megatron_mer.data.corpus.parsing import Batch, ReadSettings, decode
+from megatron_mer.data.corpus.parsing import Batch, ReadSettings, decode, language_of
 from megatron_mer.data.corpus.reading import Mark, Reading
 from megatron_mer.errors import DataError
 
@@ -82,7 +82,7 @@ def _documents(table: Any, settings: ReadSettings, first: int, arrow: Any) -> Ba
     languages = [""] * table.num_rows
     if settings.language_key is not None and settings.language_key in table.schema.names:
         values = table.column(settings.language_key).to_pylist()
-        languages = ["" if value is None else str(value) for value in values]
+        languages = [language_of(value) for value in values]
     for row in range(table.num_rows):
         try:
             named = zip(settings.text_keys, columns, strict=True)

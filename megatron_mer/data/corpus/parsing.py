@@ -18,6 +18,8 @@ from megatron_mer.data.corpus.faults import (
     FaultError,
 )
 
+KEYS_TOLD = 8
+"""Keys that a message names, where the wanted one is missing."""
 TextUnit = Literal["file", "line"]
 
 
@@ -130,9 +132,13 @@ def parse_line(line: bytes) -> Any:
 def _add(batch: Batch, content: Any, line: int, settings: ReadSettings) -> None:
     text, language = joined(content, settings), None
     if settings.language_key is not None:
-        found = content.get(settings.language_key)
-        language = "" if found is None else str(found)
+        language = language_of(content.get(settings.language_key))
     batch.add(text, line, language)
+
+
+def language_of(value: Any) -> str:
+    """Return the name under which a document is counted."""
+    return "" if value is None else str(value)
 
 
 def joined(content: Any, settings: ReadSettings) -> str:
@@ -175,7 +181,7 @@ def text_of(content: dict[str, Any], key: str, keys: Sequence[str]) -> str:
 
 def missing(key: str, keys: Sequence[str]) -> FaultError:
     """Return the fault of a document without one of its texts."""
-    names = ", ".join(list(keys)[:8]) or "none"
+    names = ", ".join(list(keys)[:KEYS_TOLD]) or "none"
     return FaultError(
         MISSING_KEY,
         f"key {key!r} is missing; its keys: {names}. Name the right one with --text-key",

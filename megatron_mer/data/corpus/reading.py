@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_mer.data.corpus.cutting import LONG_TEXT
 from megatron_mer.data.corpus.faults import DAMAGED, Fault, FaultError
@@ -163,11 +165,15 @@ class UnitReader:
         parse = parse_json_lines if self.unit.file.format == "jsonl" else parse_text_lines
         for piece in read_lines(stream, self.piece_bytes, self.folder):
             line = piece.first_line + self.begin.lines
+            at_start = line == 1 and self.unit.start == 0
             if isinstance(piece, LongLine):
+                if at_start:
+                    _skip_mark(piece.file)
                 batch, long = self._long_line(piece, line)
                 size, lines = piece.size, 1
             else:
-                batch, long = parse(piece.data, line, self.settings), None
+                data = piece.data.removeprefix(BOM_UTF8) if at_start else piece.data
+                batch, long = parse(data, line, self.settings), None
                 size, lines = len(piece.data), piece.count
             self._mark = Mark(self._mark.offset + size, self._mark.lines + lines)
             yield Reading(batch, self._mark, opened.position, long)
@@ -195,6 +201,7 @@ class UnitReader:
             size += file.write(data)
             self.stopped()
         file.seek(0)
+        _skip_mark(file)
         self._mark = Mark(size, 1)
         try:
             batch, long = self._fitting(LongText([file], "", size), 1)
@@ -207,9 +214,16 @@ class UnitReader:
         if text.size > 4 * LONG_TEXT:
             return Batch(), text
         batch = Batch()
-        batch.add("".join(text.chunks()), line, None if self.settings.language_key is None else "")
+        language = None if self.settings.language_key is None else text.language
+        batch.add("".join(text.chunks()), line, language)
         text.close()
         return batch, None
+
+
+def _skip_mark(file: BinaryIO) -> None:
+    """Go behind the mark that some programs put at the start of UTF-8; it is no text."""
+    if file.read(len(BOM_UTF8)) != BOM_UTF8:
+        file.seek(0)
 
 
 @dataclass

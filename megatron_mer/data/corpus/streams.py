@@ -22,6 +22,9 @@ from megatron_mer.errors import DataError
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 MOST_CHUNK, MOST_OUTPUT = 1 << 16, 1 << 22
 """Compressed bytes that are given at once, and decompressed ones from which on fewer are."""
+LONG_LINE = 4 << 20
+"""Bytes beyond which a line goes to a file, whatever the memory: so a line alone decides how it is
+read."""
 
 
 class Readable(Protocol):
@@ -49,14 +52,14 @@ class Lines:
 
 @dataclass(frozen=True)
 class LongLine:
-    """A line that is longer than a piece, in a file of its own that is gone when it is closed."""
+    """A line of more than LONG_LINE bytes, in a file of its own that is gone when it is closed."""
 
     first_line: int
     """Its number, from 1."""
     file: BinaryIO
-    """At its start; without the newline."""
+    """At its start; without the line's end."""
     size: int
-    """Bytes, with the newline if it has one."""
+    """Bytes, with the line's end if it has one."""
 
 
 class Unpacker:
@@ -202,21 +205,26 @@ def is_packed(path: str) -> bool:
 def read_lines(
     stream: Readable, piece_bytes: int, folder: Path | None = None
 ) -> Iterator[Lines | LongLine]:
-    """Yield a stream's lines in pieces of at most about two times `piece_bytes`.
+    """Yield a stream's lines in pieces.
 
     Args:
         stream: decompressed.
-        piece_bytes: of a piece; a line that is longer comes alone and in a file.
-        folder: for that file; None: the system's for temporary files.
+        piece_bytes: read at once, at most LONG_LINE.
+        folder: for the files of long lines; None: the system's for temporary files.
 
     Raises:
         Torn: the stream cannot be read on; what came before was yielded.
     """
     line, rest = 1, b""
-    while True:
-        chunk = stream.read(piece_bytes)
-        if not chunk:
-            break
+    # Not more at once: only the line that goes on from the chunk before can be a long one.
+    piece_bytes = min(piece_bytes, LONG_LINE)
+    while chunk := stream.read(piece_bytes):
+        end = chunk.find(b"\n")
+        if len(rest) + (len(chunk) if end < 0 else end) > LONG_LINE:
+            long, chunk = _spool(stream, rest, chunk, line, piece_bytes, folder)
+            with long.file:
+                yield long
+            line, rest = line + 1, b""
         data = rest + chunk if rest else chunk
         cut = data.rfind(b"\n") + 1
         if cut:
@@ -224,29 +232,26 @@ def read_lines(
             yield Lines(line, data[:cut], count)
             line += count
         rest = data[cut:]
-        if len(rest) >= piece_bytes:
-            long, rest = _spool(stream, rest, line, piece_bytes, folder)
-            with long.file:
-                yield long
-            line += 1
     if rest:
         yield Lines(line, rest, 1)
 
 
 def _spool(
-    stream: Readable, start: bytes, line: int, piece_bytes: int, folder: Path | None
+    stream: Readable, start: bytes, chunk: bytes, line: int, piece_bytes: int, folder: Path | None
 ) -> tuple[LongLine, bytes]:
     """Write a line to a file, up to its end; return what was read beyond it too."""
     file = tempfile.TemporaryFile(dir=folder, prefix="long-line-")  # noqa: SIM115 - the caller's
-    file.write(start)
-    size, rest = len(start), b""
-    while chunk := stream.read(piece_bytes):
-        cut = chunk.find(b"\n")
-        file.write(chunk if cut < 0 else chunk[:cut])
-        size += len(chunk) if cut < 0 else cut + 1
-        if cut >= 0:
-            rest = chunk[cut + 1 :]
+    size, rest = file.write(start), b""
+    while chunk:
+        part, newline, rest = chunk.partition(b"\n")
+        size += file.write(part) + len(newline)
+        if newline:
             break
+        chunk = stream.read(piece_bytes)
+    file.seek(-1, io.SEEK_END)
+    if file.read() == b"\r":
+        file.seek(-1, io.SEEK_END)
+        file.truncate()
     file.seek(0)
     return LongLine(line, cast(BinaryIO, file), size), rest
 

@@ -209,7 +209,7 @@ class _Building:
         for fault in batch.faults:
             self._leave_out(fault)
         if reading.long is not None:
-            self._add_long(reading.long, reading.mark.lines, "")
+            self._add_long(reading.long, reading.mark.lines, reading.long.language)
         self._add_texts(batch.texts, batch.languages, reading)
         return self.writer.counts.documents - before
 

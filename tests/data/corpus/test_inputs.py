@@ -85,6 +85,19 @@ def test_files_of_plain_text_and_directories(
     assert content(tmp_path / "c") == content(tmp_path / "d")
 
 
+@pytest.mark.parametrize("unit", ["file", "line", "jsonl", "gz"])
+def test_a_mark_at_the_start_is_no_text(build: Build, tmp_path: Path, unit: str) -> None:
+    """Some programs begin UTF-8 with it; in JSON lines it would be a fault."""
+    plain = b"".join(map(line, TEXTS)) if unit in ("jsonl", "gz") else "\n".join(TEXTS).encode()
+    name = f"x.{unit}" if unit in ("jsonl", "gz") else "x.txt"
+    given = {"text_unit": unit} if name == "x.txt" else {}
+    for prefix, mark in (("a", b""), ("b", b"\xef\xbb\xbf")):
+        data = mark + plain
+        (tmp_path / name).write_bytes(gzip.compress(data) if unit == "gz" else data)
+        build([tmp_path / name], tmp_path / prefix, **given)
+    assert content(tmp_path / "a")[:2] == content(tmp_path / "b")[:2]
+
+
 def test_several_keys_are_joined(build: Build, tmp_path: Path) -> None:
     pairs = [(f"title {at}", f"the body {at}") for at in range(20)]
     (tmp_path / "x.jsonl").write_bytes(b"".join(line(b, title=t) for t, b in pairs))
