@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -187,10 +187,13 @@ class _Work:
             token_dtype(self._tokenizer.vocab_size),
         )
         hashes = SharedFiles(self._units)
+
+        def advance() -> None:
+            assembly.advance()
+            progress(self._position, self._documents)
+
         try:
-            for _ in self._shards(publication.bin, hashes.start):
-                assembly.advance()
-                progress(self._position, self._documents)
+            self._make_shards(publication.bin, hashes.start, advance)
             if not assembly.advance():
                 raise DataError(f"{self._folder}: shards vanished while the job was running")
             self._refuse_changed_inputs()
@@ -218,27 +221,33 @@ class _Work:
         streams = round(self.total_bytes / largest) if largest else 1
         return max(1, workers // max(1, min(self.processes, streams)))
 
-    def _shards(self, locked: BinaryIO, begun: Callable[[], None]) -> Iterator[None]:
+    def _make_shards(
+        self, locked: BinaryIO, begun: Callable[[], None], advance: Callable[[], None]
+    ) -> None:
         """Make all shards.
 
         Args:
             locked: a file that stays this process's alone.
             begun: called once the workers are there; it may start threads.
+            advance: called now and then, to use what is finished.
         """
         if self.processes == 1:
+
+            def report(source: int, position: int, documents: int) -> None:
+                self._report(source, position, documents)
+                advance()
+
             begun()
-            worker = UnitWorker(
-                self._settings, self._folder, self._tokenizer, self._choice, self._report
-            )
+            worker = UnitWorker(self._settings, self._folder, self._tokenizer, self._choice, report)
             for unit in self._units:
                 worker.run(unit)
-                yield
             return
         pool = WorkerPool(
             self._settings, self._folder, self._tokenizer, self._choice, self.processes, locked
         )
         with pool:
-            yield from pool.run(self._units, self._report, begun)
+            for _ in pool.run(self._units, self._report, begun):
+                advance()
 
     def _report(self, source: int, position: int, documents: int) -> None:
         self._position += position

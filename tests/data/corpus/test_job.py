@@ -3,15 +3,18 @@
 import gzip
 import hashlib
 import os
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import zstandard
+from pyarrow import parquet
 
+from megatron_mer.data.corpus import assembly, pool
 from megatron_mer.data.corpus import job as job_module
-from megatron_mer.data.corpus import pool
 from megatron_mer.data.corpus.partition import Partition
 from megatron_mer.data.dataset_merge import DatasetMerge
 from megatron_mer.data.indexed_dataset import IndexedDataset
@@ -102,6 +105,32 @@ def test_any_number_of_workers_and_any_sizes_give_the_same_bytes(
     for number, sizes in enumerate([(2999, 1), (7777, 64), (1 << 20, 1 << 20)]):
         build(inputs, tmp_path / f"s{number}", shard_bytes=sizes[0], piece_bytes=sizes[1])
         assert content(tmp_path / "one") == content(tmp_path / f"s{number}")
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst", "parquet", "pipe"])
+def test_one_worker_shows_progress_and_appends_meanwhile(
+    build: Build, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single large input: whatever is read of it is told, and shards go into the dataset."""
+    texts = [np.random.default_rng(number).bytes(80).hex() for number in range(300)]
+    path, data = tmp_path / f"x.{kind}", b"".join(map(line, texts))
+    if kind == "pipe":
+        os.mkfifo(path)
+        threading.Thread(target=path.write_bytes, args=(data,), daemon=True).start()
+    elif kind == "parquet":
+        parquet.write_table(pa.table({"text": texts}), path, row_group_size=50)
+    else:
+        path.write_bytes(gzip.compress(data) if kind == "gz" else zstandard.compress(data))
+    appended: list[int] = []
+    append = assembly.Assembly._append
+    monkeypatch.setattr(
+        assembly.Assembly, "_append", lambda *given: (append(*given), appended.append(1))[0]
+    )
+    calls: list[tuple[int, int, int]] = []
+    build([path], tmp_path / "c", lambda *now: calls.append((*now, len(appended))))
+    assert calls == sorted(calls)
+    columns = [len(set(column)) for column in zip(*calls, strict=True)]
+    assert min(columns[kind == "pipe" :]) > 2, calls
 
 
 @pytest.mark.usefixtures("_processes")
