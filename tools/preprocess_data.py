@@ -229,11 +229,17 @@ def table(head: str, entries: Iterable[tuple[str, Counts, int, int]]) -> list[st
     return lines
 
 
+def left_out(result: Result) -> int:
+    """Return how many documents were empty or had a fault."""
+    return sum(sum(source.faults.values()) for source in result.sources)
+
+
 def summary(result: Result) -> str:
     """Return what was written: a line an input, their total, and a line a language."""
     sidecar = result.sidecar
     if sidecar is None:
-        return f"{result.prefix}: nothing to do for this part of the job; no dataset is written"
+        left = " (what was left out is named in its .faults.jsonl)" if left_out(result) else ""
+        return f"{result.prefix}: no document in this part of the job, so no dataset{left}"
     sources, total = sidecar.provenance.sources, Counts()
     for source in result.sources:
         total.add(source.counts)
@@ -247,7 +253,7 @@ def summary(result: Result) -> str:
         named = sorted(result.languages.items())
         lines += table("language", [(name or "(none)", counts, 0, 0) for name, counts in named])
     lines += sorted({f"ids: {source.encoder}" for source in sources})
-    if empty or faults:
+    if left_out(result):
         lines.append(f"what was left out is named in {result.prefix}.faults.jsonl")
     lines.append(
         f"{result.prefix}: {sidecar.tokens:,} tokens of {sidecar.dtype}, "
@@ -255,6 +261,11 @@ def summary(result: Result) -> str:
         f"{sidecar.max_token_id} of {sidecar.provenance.vocab_size}"
     )
     return "\n".join(lines)
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things in words."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 class Stopped(BaseException):
@@ -286,7 +297,7 @@ def left_behind(job: Job) -> str:
     shards = len(list(parts.glob("*.json")))
     if not shards:
         return "nothing was left behind"
-    return f"{shards} finished shards stay in {parts}: the same command goes on with the rest"
+    return f"{counted(shards, 'finished shard')} in {parts}: the same command goes on with the rest"
 
 
 def run(job: Job) -> Result:
@@ -295,7 +306,9 @@ def run(job: Job) -> Result:
 
     def begun(what: Begun) -> None:
         print(
-            f"{what.units} units of work, {what.workers} workers; ids: {what.encoder}", flush=True
+            f"{counted(what.units, 'unit')} of work, {counted(what.workers, 'worker')}; ids: "
+            f"{what.encoder}",
+            flush=True,
         )
         shown.append(progress_printer(what.total_bytes))
 

@@ -118,7 +118,6 @@ class IndexedDatasetWriter:
         if self.num_documents == 0:
             self.abort()
             raise DataError(f"{self.prefix}: no document was written, so there is no dataset")
-        self._publication.refuse_existing()
         with self._publication.disk_errors():
             idx_sha256 = self._publication.write_file(".idx", self._index_pieces())
             sidecar = self._write_sidecar(provenance, idx_sha256)

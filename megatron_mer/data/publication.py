@@ -103,6 +103,17 @@ class Publication:
                 "--overwrite it"
             )
 
+    def remove_existing(self) -> None:
+        """Remove a dataset that may be replaced and has no successor.
+
+        Raises:
+            DataError: it may not be replaced, or the disk refuses.
+        """
+        self.refuse_existing()
+        with self.disk_errors():
+            for path in reversed(existing_files(self.prefix)):
+                path.unlink()
+
     def write_file(self, suffix: str, pieces: Iterable[bytes]) -> str:
         """Write one of the other files, durably.
 

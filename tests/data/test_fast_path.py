@@ -1,5 +1,6 @@
 """gigatoken in a tokenizer's place: only where its ids are the same."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,29 @@ def test_without_gigatoken(names: Mapping[str, str], monkeypatch: pytest.MonkeyP
     assert choice.fast is None
     assert "not installed" in choice.reason
     assert "pip install gigatoken" in choice.reason
+
+
+def test_added_words_are_left_to_the_library(names: Mapping[str, str], tmp_path: Path) -> None:
+    """gigatoken finds them within words too, perhaps first where no proof looks."""
+    content = json.loads(Path(names["hf"].removeprefix("hf:")).read_text())
+    number = max(content["model"]["vocab"].values()) + 1
+    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "special"), False)
+    added = {"id": number, "content": "owl", "single_word": False, **flags}
+    for single_word in (False, True):
+        changed = [*content["added_tokens"], {**added, "single_word": single_word}]
+        path = tmp_path / f"{single_word}.json"
+        path.write_text(json.dumps({**content, "added_tokens": changed}))
+        choice = choose_encoder(load_tokenizer(f"hf:{path}"), "auto", ["the fox"])
+        assert (choice.fast is None) == single_word, choice.reason
+    assert "finds 'owl' within words too" in choice.reason
+
+
+def test_random_ids_are_refused(names: Mapping[str, str], tmp_path: Path) -> None:
+    content = json.loads(Path(names["hf"].removeprefix("hf:")).read_text())
+    content["model"]["dropout"] = 0.1
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"model\.dropout is 0\.1.*set it to null"):
+        load_tokenizer(f"hf:{tmp_path / 't.json'}")
 
 
 class Wrong:

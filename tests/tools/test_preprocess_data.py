@@ -54,7 +54,7 @@ def test_writes_a_dataset_and_a_table(tmp_path: Path, name: str) -> None:
     table = done.stdout.splitlines()
     tokens = str(dataset.num_tokens)
     ratio = f"{12 / dataset.num_tokens:.2f}"
-    assert table[0].startswith("1 units of work, 1 workers; ids: sentencepiece 0.2.3; no gigatoken")
+    assert table[0].startswith("1 unit of work, 1 worker; ids: sentencepiece 0.2.3; no gigatoken")
     assert table[2].split() == ["in.jsonl", "2", "1", "0", "12", tokens, ratio]
     assert table[3].split() == ["total", "2", "1", "0", "12", tokens, ratio]
     assert table[5] == "what was left out is named in out/c.faults.jsonl"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_mer.data.corpus.reading import Unit
 from megatron_mer.data.corpus.shards import (
     FAULTS,
     LENGTHS,
+    MANIFEST,
     TOKENS,
     Counts,
     Manifest,
@@ -143,15 +145,10 @@ class Assembly:
             provenance: made from the sources.
 
         Raises:
-            DataError: there is no document, the dataset appeared meanwhile, or the disk refuses.
+            DataError: the dataset appeared meanwhile, or the disk refuses.
         """
         counts = self.counts
-        if counts.documents == 0:
-            left_out = sum(sum(total.faults.values()) for total in self.totals.values())
-            raise DataError(
-                f"{self._publication.prefix}: no document was written, so there is no dataset; "
-                f"{left_out:,} were empty or left out"
-            )
+        # Before the account of what was left out takes the place of an earlier one.
         self._publication.refuse_existing()
         header = IndexHeader(self._dtype, counts.documents, counts.documents + 1)
         with self._publication.disk_errors():
@@ -172,16 +169,38 @@ class Assembly:
         shutil.rmtree(self._folder, ignore_errors=True)
         return sidecar
 
+    def publish_nothing(self) -> str:
+        """Leave the account of what was left out, and nothing else; return it in words.
+
+        Raises:
+            DataError: the disk refuses.
+        """
+        with self._publication.disk_errors():
+            self._publish_faults()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        left_out = sum(sum(total.faults.values()) for total in self.totals.values())
+        named = f", see {self._faults}" if left_out else ""
+        return f"{left_out:,} were empty or left out{named}"
+
     def _publish_faults(self) -> None:
         self._faults.unlink(missing_ok=True)
         if self._partial_faults.exists():
             os.replace(self._partial_faults, self._faults)
 
     def _append(self, unit: Unit, stem: Path, manifest: Manifest) -> None:
-        with open(path_of(stem, TOKENS), "rb") as file:
-            while data := file.read(COPY_BYTES):
-                self._digest.update(data)
-                self._publication.bin.write(data)
+        for ending, wanted in ((TOKENS, manifest.tokens_crc32), (LENGTHS, manifest.lengths_crc32)):
+            found = 0
+            for data in _pieces(path_of(stem, ending)):
+                found = zlib.crc32(data, found)
+                if ending == TOKENS:
+                    self._digest.update(data)
+                    self._publication.bin.write(data)
+            if found != wanted:
+                path_of(stem, MANIFEST).unlink()
+                raise DataError(
+                    f"{path_of(stem, ending)}: not what was written there (CRC-32 {found:08x}, not "
+                    f"{wanted:08x}); the same command makes this shard again"
+                )
         self._lengths.append((path_of(stem, LENGTHS), manifest.counts.documents))
         if manifest.faults:
             self._append_faults(unit, path_of(stem, FAULTS))
@@ -208,6 +227,12 @@ class Assembly:
                         raise DataError(f"{path}: was changed while the dataset was put together")
                     count -= len(piece)
                     yield piece
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while data := file.read(COPY_BYTES):
+            yield data
 
 
 def _document_ends(documents: int) -> Iterator[NDArray[np.int64]]:

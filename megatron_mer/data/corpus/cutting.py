@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -58,7 +59,9 @@ def chunks_of(text: str) -> Iterator[str]:
 def _cut(text: str, encoder: Encoder, done: int) -> tuple[int, int]:
     """Return where the first part ends and where the second begins."""
     places = PLACE.finditer(text, PART - AROUND, len(text) - AROUND)
-    for match, _ in zip(places, range(TRIES), strict=False):
+    tried = 0
+    for match in islice(places, TRIES):
+        tried += 1
         start, end = match.span()
         # Behind the sign; before it; or without it, where the tokenizer puts a space before a text.
         for cut in ((end, end), (start, start), (start, end)):
@@ -67,7 +70,8 @@ def _cut(text: str, encoder: Encoder, done: int) -> tuple[int, int]:
     raise FaultError(
         TOO_LONG,
         f"a text of more than {LONG_TEXT:,} characters that cannot be cut without changing its "
-        f"ids (tried {TRIES} places from character {done + PART:,} on); split it beforehand",
+        f"ids: of {tried} places from character {done + PART:,} on, none will do; split it "
+        "beforehand, or leave it out with --on-error skip",
     )
 
 

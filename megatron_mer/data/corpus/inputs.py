@@ -89,7 +89,8 @@ def remote(path: str) -> tuple[Any, str]:
     """Return the fsspec file system of a remote path, and the path within it.
 
     Raises:
-        DataError: the package for that kind of path is missing, or it knows no such path.
+        DataError: the package for that kind of path is missing, it knows no such path, or its place
+            cannot be reached.
     """
     from fsspec.core import url_to_fs
 
@@ -100,8 +101,9 @@ def remote(path: str) -> tuple[Any, str]:
             f"{path}: {error}; remote paths need the package of their kind: `make venv-corpora`, "
             "or `pip install s3fs` for s3://"
         ) from error
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
+    except Exception as error:
+        # Some file systems connect at once, and each has errors of its own.
+        raise DataError(f"{path}: {error or type(error).__name__}") from error
     return system, place
 
 
@@ -168,6 +170,10 @@ def _inspect(path: str, format: Format | None) -> InputFile:
 
 def _once(path: str, format: Format) -> InputFile:
     """What a run reads from a pipe is of no use to the next one, so nothing has its stamp."""
+    if format == "parquet":
+        raise DataError(
+            f"{path}: Parquet is read from its end, which a pipe does not show; name a file"
+        )
     return InputFile(path, format, 0, uuid.uuid4().hex, once=True)
 
 

@@ -66,7 +66,7 @@ class Result:
     prefix: str
     """Of the dataset."""
     sidecar: Sidecar | None
-    """Of the dataset; None: this part of the job has nothing to do, and there is no dataset."""
+    """Of the dataset; None: this part of the job has no document, and there is no dataset."""
     sources: Sequence[SourceTotals] = ()
     """What came out of each input."""
     languages: dict[str, Counts] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def build_corpus(
         ConfigError: the tokenizer's name is unknown.
     """
     settings = replace(job.settings, piece_bytes=_piece_bytes(job))
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.append_eod)
     files = expand_inputs(job.inputs, job.format)
     by_file = plan_units(files, settings.reading, settings.shard_bytes)
     units = job.partition.choose([unit for units in by_file for unit in units])
@@ -168,6 +168,7 @@ class _Work:
         self._choice = choice
         self._units = units
         self._folder = folder
+        self._is_part = job.partition.count > 1
         self._position = self._documents = 0
         self.total_bytes = sum(unit.size for unit in units)
         small = 0 < self.total_bytes < INLINE_BYTES
@@ -201,8 +202,21 @@ class _Work:
                 assembly.totals[source].sha256 = sha256
         finally:
             hashes.end()
-        sidecar = assembly.publish(self._provenance)
-        progress(self.total_bytes, sidecar.documents)
+        return self._publish(publication, assembly, progress)
+
+    def _publish(self, publication: Publication, assembly: Assembly, progress: Progress) -> Result:
+        sidecar = None
+        if assembly.counts.documents:
+            sidecar = assembly.publish(self._provenance)
+        else:
+            left_out = assembly.publish_nothing()
+            if not self._is_part:
+                raise DataError(
+                    f"{publication.prefix}: no document was written, so there is no dataset; "
+                    f"{left_out}"
+                )
+            publication.remove_existing()
+        progress(self.total_bytes, assembly.counts.documents)
         return Result(
             publication.prefix, sidecar, list(assembly.totals.values()), assembly.languages
         )

@@ -132,7 +132,7 @@ def _start_worker(
         locked.close()  # Else its lock would outlive the parent.
     else:
         fast, reason, _ = tools
-        tokenizer = load_tokenizer(settings.tokenizer)
+        tokenizer = load_tokenizer(settings.tokenizer, settings.append_eod)
         choice = Choice(GigatokenEncoder(tokenizer) if fast else None, reason)
 
     def stopped() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from array import array
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -63,6 +64,10 @@ class Manifest:
     """Library that gave the ids."""
     sha256: str = ""
     """Of the whole file's decompressed content, at the last shard of a unit that is a file."""
+    tokens_crc32: int = 0
+    """Of the tokens: a disk that lost what it took is noticed, whatever the files' sizes."""
+    lengths_crc32: int = 0
+    """Of the lengths."""
 
     def write(self, path: Path) -> None:
         """Write the manifest; it has its name only when it is whole."""
@@ -130,6 +135,7 @@ class ShardWriter:
         self._faults_file: BinaryIO | None = None
         self._lengths = array("i")
         self._open_tokens = 0
+        self._crc32 = self._kept_crc32 = self._lengths_crc32 = 0
         self.counts = Counts()
         self.languages: dict[str, Counts] = {}
         self.faults: dict[str, int] = {}
@@ -145,7 +151,7 @@ class ShardWriter:
         """
         self._write(tokens)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
-        self.counts.add(Counts(len(lengths), size, len(tokens)))
+        self._keep(Counts(len(lengths), size, len(tokens)))
         if len(self._lengths) >= LENGTHS_BUFFER:
             self._flush_lengths()
 
@@ -162,7 +168,7 @@ class ShardWriter:
             size: its UTF-8 bytes.
         """
         self._lengths.append(self._open_tokens)
-        self.counts.add(Counts(1, size, self._open_tokens))
+        self._keep(Counts(1, size, self._open_tokens))
         self._open_tokens = 0
 
     def drop_document(self) -> None:
@@ -170,7 +176,7 @@ class ShardWriter:
         self._tokens.flush()
         self._tokens.truncate(self.counts.tokens * self.dtype.itemsize)
         self._tokens.seek(0, os.SEEK_END)
-        self._open_tokens = 0
+        self._crc32, self._open_tokens = self._kept_crc32, 0
 
     def add_language(self, language: str, counts: Counts) -> None:
         """Count documents of a language."""
@@ -194,6 +200,7 @@ class ShardWriter:
                 file.close()
         manifest.counts, manifest.languages = self.counts, self.languages
         manifest.faults, manifest.max_token_id = self.faults, self.max_token_id
+        manifest.tokens_crc32, manifest.lengths_crc32 = self._crc32, self._lengths_crc32
         manifest.write(path_of(self._stem, MANIFEST))
         return manifest
 
@@ -212,8 +219,17 @@ class ShardWriter:
         if len(tokens):
             self.max_token_id = max(self.max_token_id, int(tokens.max()))
             data: NDArray[Any] = np.ascontiguousarray(tokens, dtype=self.dtype)
-            self._tokens.write(data.view(np.uint8).data)
+            raw = data.view(np.uint8).data
+            self._tokens.write(raw)
+            self._crc32 = zlib.crc32(raw, self._crc32)
+
+    def _keep(self, counts: Counts) -> None:
+        """Count documents whose tokens were written."""
+        self.counts.add(counts)
+        self._kept_crc32 = self._crc32
 
     def _flush_lengths(self) -> None:
-        self._lengths_file.write(self._lengths.tobytes())
+        raw = self._lengths.tobytes()
+        self._lengths_file.write(raw)
+        self._lengths_crc32 = zlib.crc32(raw, self._lengths_crc32)
         del self._lengths[:]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 import tempfile
 import zlib
@@ -19,7 +20,9 @@ from typing import Any, BinaryIO, Protocol, cast
 from megatron_mer.data.corpus.inputs import STDIN, is_remote, remote
 from megatron_mer.errors import DataError
 
-GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+GZIP_MAGIC = re.compile(rb"\x1f\x8b")
+ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+"""Of a frame, or of one to be skipped, which pzstd puts first."""
 MOST_CHUNK, MOST_OUTPUT = 1 << 16, 1 << 22
 """Compressed bytes that are given at once, and decompressed ones from which on fewer are."""
 LONG_LINE = 4 << 20
@@ -184,9 +187,9 @@ def open_input(path: str | Path) -> Iterator[Opened]:
             # Each remote file system has errors of its own.
             reason = getattr(error, "strerror", None) or error or type(error).__name__
             raise DataError(f"{path}: cannot be read: {reason}") from error
-        if head[:2] == GZIP_MAGIC:
+        if GZIP_MAGIC.match(head):
             yield Opened(_gzip(_PlainReader(raw)), raw, True)
-        elif head == ZSTD_MAGIC:
+        elif ZSTD_MAGIC.match(head):
             yield Opened(_zstd(_PlainReader(raw)), raw, True)
         else:
             yield Opened(_PlainReader(raw), raw, False)

@@ -26,7 +26,7 @@ from megatron_mer.data.tokenizers.base import FlatIds
 from megatron_mer.data.tokenizers.fast import Choice, same_ids
 from megatron_mer.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the shards: another one makes earlier shards useless."""
 BATCH_DOCUMENTS = 4096
 """Documents that are encoded together, so that short ones do not cost memory."""

@@ -17,18 +17,19 @@ from megatron_mer.errors import ConfigError
 
 __all__ = ["KINDS", "Encoder", "FlatIds", "Tokenizer", "load_tokenizer"]
 
-KINDS: dict[str, Callable[[str], Tokenizer]] = {
+KINDS: dict[str, Callable[[str, bool], Tokenizer]] = {
     "sentencepiece": SentencePieceTokenizer,
     "hf": HuggingFaceTokenizer,
-    "tiktoken": TiktokenTokenizer,
+    "tiktoken": lambda place, needs_end: TiktokenTokenizer(place),  # each scheme names its end
 }
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str, needs_end: bool = True) -> Tokenizer:
     """Load a tokenizer by its name.
 
     Args:
         spec: `kind:place`, such as `sentencepiece:build/tokenizer.model`.
+        needs_end: whether it is an error that nothing tells which id ends a document.
 
     Raises:
         ConfigError: the name has no known kind or no place.
@@ -38,4 +39,4 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if not separator or not place or kind not in KINDS:
         allowed = ", ".join(f"{known}:PATH" for known in KINDS)
         raise ConfigError(f"tokenizer {spec!r}; allowed: {allowed}")
-    return KINDS[kind](place)
+    return KINDS[kind](place, needs_end)

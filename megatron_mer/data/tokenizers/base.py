@@ -15,6 +15,10 @@ UNKNOWN = -1
 """Bytes of an id that stands for text which is not known."""
 
 
+NO_END = -1
+"""The eod_id of a tokenizer that has none."""
+
+
 @dataclass(frozen=True)
 class FlatIds:
     """The ids of many texts in one array, without a Python object an id or a text."""
@@ -64,7 +68,7 @@ class Tokenizer(Encoder, Protocol):
 
     @property
     def eod_id(self) -> int:
-        """Id that ends a document."""
+        """Id that ends a document; NO_END where none does and none is needed."""
 
     @property
     def fingerprint(self) -> str:

@@ -137,12 +137,18 @@ def _make(tokenizer: Tokenizer) -> tuple[Encoder | None, str]:
 
 
 def _without_specials(text: str | bytes) -> bytes:
-    """Return a tokenizer.json without its special tokens: gigatoken would find them in text."""
+    """Return a tokenizer.json without its special tokens: gigatoken would find them in text.
+
+    Raises:
+        ValueError: an added token is found in other places by gigatoken.
+    """
     import orjson
 
     content = orjson.loads(text)
     added = content.get("added_tokens") or []
-    content["added_tokens"] = [token for token in added if not token.get("special")]
+    content["added_tokens"] = kept = [token for token in added if not token.get("special")]
+    if words := [str(token.get("content")) for token in kept if token.get("single_word")]:
+        raise ValueError(f"it finds {words[0]!r} within words too, the library only as a whole one")
     return orjson.dumps(content)
 
 

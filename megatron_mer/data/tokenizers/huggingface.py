@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_mer.data.sidecar import file_sha256
 from megatron_mer.data.tokenizers.base import (
+    NO_END,
     UNKNOWN,
     FlatIds,
     Piece,
@@ -45,6 +46,7 @@ class HuggingFaceTokenizer:
 
     Args:
         place: PATH or PATH#TOKEN, TOKEN being the one that ends a document.
+        needs_end: whether it must be known what ends a document.
 
     Raises:
         DataError: the file is missing, is no tokenizer, or does not tell what ends a document.
@@ -52,7 +54,7 @@ class HuggingFaceTokenizer:
 
     kind = "hf"
 
-    def __init__(self, place: str | Path) -> None:
+    def __init__(self, place: str | Path, needs_end: bool = True) -> None:
         path, _, self._end_token = str(place).partition("#")
         self.path = Path(path)
         if self.path.is_dir():
@@ -63,7 +65,12 @@ class HuggingFaceTokenizer:
         if not vocabulary:
             raise DataError(f"{self.path}: the vocabulary is empty")
         self.vocab_size = max(vocabulary.values()) + 1
-        self.eod_id = vocabulary[self._find_end(vocabulary)]
+        try:
+            self.eod_id = vocabulary[self._find_end(vocabulary)]
+        except DataError:
+            if needs_end or self._end_token:
+                raise
+            self.eod_id = NO_END
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Return the ids of a text, shape (n,), without eod_id."""
@@ -113,6 +120,11 @@ class HuggingFaceTokenizer:
             model: Any = Tokenizer.from_file(str(self.path))
         except Exception as error:
             raise DataError(f"{self.path}: not a Hugging Face tokenizer.json: {error}") from error
+        if dropout := getattr(model.model, "dropout", None):
+            raise DataError(
+                f"{self.path}: model.dropout is {dropout}, so its ids are drawn at random; set it "
+                "to null"
+            )
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_mer.data.sidecar import file_sha256
 from megatron_mer.data.tokenizers.base import (
+    NO_END,
     UNKNOWN,
     FlatIds,
     Piece,
@@ -30,6 +31,7 @@ class SentencePieceTokenizer:
 
     Args:
         path: of the `.model` file.
+        needs_end: whether it must have an end-of-sentence id.
 
     Raises:
         DataError: the file is missing, is no model, or has no end-of-sentence id.
@@ -37,7 +39,7 @@ class SentencePieceTokenizer:
 
     kind = "sentencepiece"
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, needs_end: bool = True) -> None:
         # Not at the top: reading a dataset needs no tokenizer library.
         from sentencepiece import SentencePieceProcessor
 
@@ -54,7 +56,9 @@ class SentencePieceTokenizer:
             ) from error
         self.vocab_size = int(self._model.GetPieceSize())
         self.eod_id = int(self._model.eos_id())
-        if self.eod_id < 0:
+        if self.eod_id < 0 and not needs_end:
+            self.eod_id = NO_END
+        elif self.eod_id < 0:
             raise DataError(
                 f"{path}: the model has no end-of-sentence piece (</s>), which ends documents; "
                 "train one with an eos_id"

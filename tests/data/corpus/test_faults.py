@@ -82,6 +82,18 @@ def test_damaged_compression(build: Build, tmp_path: Path, kind: str, damage: st
     assert 0 < IndexedDataset(tmp_path / "0").num_documents <= len(texts)
 
 
+def test_a_word_that_is_too_long(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(line("fox") + line("x" * 3_000_000) + line("dog"))
+    with pytest.raises(DataError, match=r"line 2: .* cannot be cut .*; split it .*--on-error skip"):
+        build([tmp_path / "x.jsonl"], tmp_path / "c", shard_bytes=1 << 30)
+    result = build([tmp_path / "x.jsonl"], tmp_path / "c", shard_bytes=1 << 30, on_error="skip")
+    assert result.sources[0].faults == {"too long": 1}
+    assert [(fault["line"], fault["kind"]) for fault in faults(tmp_path / "c")] == [(2, "too long")]
+    (tmp_path / "y.jsonl").write_bytes(line("fox") + line("dog"))
+    build([tmp_path / "y.jsonl"], tmp_path / "d")
+    assert content(tmp_path / "c")[:2] == content(tmp_path / "d")[:2]
+
+
 def test_damaged_parquet(build: Build, tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     table = pa.table({"text": GOOD, "n": list(range(len(GOOD)))})

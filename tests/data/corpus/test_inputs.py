@@ -35,13 +35,17 @@ def write_parquet(path: Path, rows: int = 70) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["gz", "zst", "parquet", "large", "dictionary", "binary", "pipe"])
+@pytest.mark.parametrize(
+    "kind", ["gz", "zst", "parquet", "large", "dictionary", "binary", "pipe", "skip"]
+)
 def test_the_same_documents(build: Build, whole: list[bytes], tmp_path: Path, kind: str) -> None:
     data, path = b"".join(map(line, TEXTS)), tmp_path / f"x.{kind}"
     if kind == "gz":  # members and padding
         path.write_bytes(gzip.compress(data[:5000]) + gzip.compress(data[5000:]) + b"\0" * 9)
     elif kind == "zst":
         path.write_bytes(zstandard.compress(data))
+    elif kind == "skip":  # a frame of notes before the text, as pzstd writes it
+        path.write_bytes(b"\x5e\x2a\x4d\x18\x04\0\0\0note" + zstandard.compress(data))
     elif kind == "parquet":
         write_parquet(path)
     elif kind == "pipe":
@@ -145,6 +149,10 @@ def test_names_that_stand_for_nothing(tmp_path: Path) -> None:
         expand_inputs([str(tmp_path / "nowhere")])
     with pytest.raises(DataError, match="nonsense://"):
         expand_inputs(["nonsense://bucket/x.jsonl"])
+    with pytest.raises(DataError, match=r"ftp://127\.0\.0\.1:1/x: .*refused"):
+        expand_inputs(["ftp://127.0.0.1:1/x"])
+    with pytest.raises(DataError, match="-: Parquet is read from its end"):
+        expand_inputs(["-"], "parquet")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "x.md")
     with pytest.raises(DataError, match="named twice"):
         expand_inputs([str(tmp_path / "x.md"), str(tmp_path / "link.jsonl")])

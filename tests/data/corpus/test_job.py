@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -182,6 +183,51 @@ def test_a_part_without_work_writes_nothing(build: Build, tmp_path: Path) -> Non
     ]
     assert sum(result.sidecar is not None for result in results) == 1
     assert len(list(tmp_path.glob("c.*"))) == 3
+
+
+def test_a_part_without_documents_is_a_success(build: Build, tmp_path: Path) -> None:
+    """The parts after it can be merged, and nothing of an earlier dataset is taken for its own."""
+    texts = [["the fox"], ["", " "], ["the dog"]]
+    for number, given in enumerate(texts):
+        (tmp_path / f"{number}.jsonl").write_bytes(b"".join(map(line, given)).ljust(40))
+    inputs = [tmp_path / f"{number}.jsonl" for number in range(3)]
+    (stale := build(inputs[:1], tmp_path / "c.part-00001-of-00003"))
+    assert stale.sidecar is not None
+    given = {"overwrite": True}
+    results = [
+        build(inputs, tmp_path / "c", partition=Partition(part, 3), **given) for part in range(3)
+    ]
+    assert [result.sidecar is not None for result in results] == [True, False, True]
+    left = sorted(path.name for path in tmp_path.glob("c.part-00001*"))
+    assert left == ["c.part-00001-of-00003.faults.jsonl"]
+    build(inputs, tmp_path / "whole")
+    prefixes = sorted(str(path)[:-4] for path in tmp_path.glob("c.part-*.idx"))
+    DatasetMerge(prefixes, tmp_path / "merged").write()
+    assert content(tmp_path / "merged")[:2] == content(tmp_path / "whole")[:2]
+
+
+def test_a_job_without_documents_leaves_only_the_account_of_them(
+    build: Build, tmp_path: Path
+) -> None:
+    (tmp_path / "x.jsonl").write_bytes(line("") + b"broken\n")
+    with pytest.raises(DataError, match=r"2 were empty or left out, see .*c\.faults\.jsonl"):
+        build([tmp_path / "x.jsonl"], tmp_path / "out" / "c", on_error="skip")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["c.faults.jsonl"]
+    assert len((tmp_path / "out" / "c.faults.jsonl").read_text().splitlines()) == 2
+
+
+def test_no_end_is_needed_where_none_is_written(build: Build, tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"fox": 0, "?": 1}, "unk_token": "?"}
+    (tmp_path / "t.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    (tmp_path / "x.jsonl").write_bytes(line("fox") + line("dog"))
+    given = {"tokenizer": f"hf:{tmp_path / 't.json'}"}
+    with pytest.raises(DataError, match="which token ends a document"):
+        build([tmp_path / "x.jsonl"], tmp_path / "c", **given)
+    build([tmp_path / "x.jsonl"], tmp_path / "c", append_eod=False, **given)
+    dataset = IndexedDataset(tmp_path / "c")
+    assert dataset.tokens(0, 2).tolist() == [0, 1]
+    assert dataset.sidecar is not None
+    assert dataset.sidecar.provenance.eod_id == -1
 
 
 def test_other_errors(build: Build, inputs: list[Path], tmp_path: Path) -> None:

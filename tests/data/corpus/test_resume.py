@@ -77,6 +77,25 @@ def test_torn_parts_are_made_again(build: Build, tmp_path: Path, packed: bool) -
     assert content(tmp_path / "c") == content(tmp_path / "clean")
 
 
+@pytest.mark.parametrize("ending", ["tokens", "lengths"])
+def test_a_finished_shard_that_changed_is_noticed(
+    build: Build, tmp_path: Path, ending: str
+) -> None:
+    """A disk may lose what it took, and leave the size."""
+    path, data = tmp_path / "x.jsonl", b"".join(map(line, TEXTS))
+    path.write_bytes(data + b"broken\n")
+    with pytest.raises(DataError):
+        build([path], tmp_path / "c")
+    shard = sorted((tmp_path / "c.parts").glob(f"*.{ending}"))[1]
+    before = shard.read_bytes()
+    shard.write_bytes(bytes(len(before)))
+    with pytest.raises(DataError, match=rf"{shard.name}: not what was written there"):
+        build([path], tmp_path / "c", on_error="skip")
+    build([path], tmp_path / "c", on_error="skip")
+    build([path], tmp_path / "clean", on_error="skip")
+    assert content(tmp_path / "c") == content(tmp_path / "clean")
+
+
 def command(*more: str) -> list[str]:
     return [sys.executable, str(TOOL), "--shard-size", "0.2", "--on-error", "skip", *more]
 
