@@ -25,8 +25,10 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# Nothing here is linear algebra, and only a process without threads can fork its workers.
+# Only a process without threads can fork its workers: none of numpy's (nothing here is linear
+# algebra) and none of pyarrow's, which gigatoken's batches import.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
 # A machine that only prepares corpora needs no installed package, no compiler and no torch.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

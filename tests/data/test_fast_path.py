@@ -1,15 +1,20 @@
 """gigatoken in a tokenizer's place: only where its ids are the same."""
 
+import gzip
 import json
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_mer.data.corpus.inputs import expand_inputs
+from megatron_mer.data.corpus.parsing import ReadSettings
 from megatron_mer.data.corpus.reading import Unit
+from megatron_mer.data.corpus.sampling import sample_inputs
 from megatron_mer.data.corpus.shards import Manifest
 from megatron_mer.data.corpus.worker import JobSettings, UnitWorker
 from megatron_mer.data.tokenizers import load_tokenizer
@@ -86,7 +91,7 @@ def test_random_ids_are_refused(names: Mapping[str, str], tmp_path: Path) -> Non
 class Wrong:
     """Gives other ids wherever a text has a fox."""
 
-    def __init__(self, tokenizer: object) -> None:
+    def __init__(self, tokenizer: object, expected: int = 0) -> None:
         self._tokenizer = tokenizer
 
     def encode_flat(self, texts: Sequence[str], num_threads: int = 1) -> FlatIds:
@@ -104,6 +109,77 @@ def test_ids_that_differ_are_not_used(
     choice = choose_encoder(tokenizer, "auto", ["the dog", "the fox"])
     assert choice.fast is None
     assert "its ids differ on a sample of 2 documents" in choice.reason
+
+
+def test_many_documents_are_expected_from_the_sample(
+    names: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then batches are used from the first on, with the same ids."""
+    texts = [f"fox {number:06}" for number in range(30_000)]
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (tmp_path / "x.jsonl").write_bytes(data)
+    (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(data))
+    for name in ("x.jsonl", "y.jsonl.gz"):
+        (file,) = expand_inputs([str(tmp_path / name)])
+        sample = sample_inputs([file], ReadSettings())
+        assert sample.texts == texts[: len(sample.texts)]
+        # Of compressed files more is read than comes out of it.
+        assert 0.4 < sample.density * file.size / len(texts) < 1.2
+    tokenizer = load_tokenizer(names["hf"])
+    calls: list[int] = []
+    found = []
+    for expected in (0, len(texts)):
+        choice = choose_encoder(tokenizer, "auto", sample.texts, expected)
+        assert choice.fast is not None
+        monkeypatch.setattr(choice.fast, "_backend", Counted(choice.fast._backend, calls))
+        found.append(choice.fast.encode_flat(texts[:1000]))
+    assert calls == [1000]
+    np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+    np.testing.assert_array_equal(found[0].lengths, found[1].lengths)
+
+
+class Counted:
+    """gigatoken, with the sizes of its batches noted."""
+
+    def __init__(self, backend: object, calls: list[int]) -> None:
+        self.encode = backend.encode  # type: ignore[attr-defined]
+        self._backend, self._calls = backend, calls
+
+    def encode_batch(self, texts: list[str], parallel: bool) -> object:
+        self._calls.append(len(texts))
+        return self._backend.encode_batch(texts, parallel=parallel)  # type: ignore[attr-defined]
+
+
+def test_what_batches_import_starts_no_thread() -> None:
+    """Else the tool could not fork its workers."""
+    tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+    program = (
+        f"import os, runpy; runpy.run_path({str(tool)!r})\n"
+        "import awkward; print(len(os.listdir('/proc/self/task')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
+@pytest.mark.parametrize(("size", "characters"), [(1 << 20, 8192), (1 << 25, 16384), (0, 32768)])
+def test_the_proof_is_in_proportion_to_the_shard(
+    names: Mapping[str, str], tmp_path: Path, size: int, characters: int
+) -> None:
+    """A pipe (size 0) has shards of the full size."""
+    proven: list[int] = []
+
+    class Counting(Wrong):
+        def encode_flat(self, texts: Sequence[str], num_threads: int = 1) -> FlatIds:
+            proven.append(sum(map(len, texts)))
+            return super().encode_flat(texts)
+
+    tokenizer = load_tokenizer(names["hf"])
+    (tmp_path / "x.jsonl").write_text('{"text": "' + "a b " * 10_000 + '"}\n')
+    (file,) = expand_inputs([str(tmp_path / "x.jsonl")])
+    choice = Choice(Counting(tokenizer), "fast")  # type: ignore[arg-type]
+    working = UnitWorker(JobSettings(names["hf"]), tmp_path, tokenizer, choice)
+    working.run(Unit(0, replace(file, size=size)))
+    assert proven == [characters, 40_000]
 
 
 def test_ids_that_differ_in_a_shard(names: Mapping[str, str], tmp_path: Path) -> None:

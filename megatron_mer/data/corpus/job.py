@@ -14,7 +14,7 @@ from megatron_mer.data.corpus.inputs import STDIN, Format, InputFile, expand_inp
 from megatron_mer.data.corpus.partition import Partition
 from megatron_mer.data.corpus.pool import WorkerPool
 from megatron_mer.data.corpus.reading import Unit, plan_units
-from megatron_mer.data.corpus.sampling import sample_texts
+from megatron_mer.data.corpus.sampling import Sample, sample_inputs
 from megatron_mer.data.corpus.shards import Counts
 from megatron_mer.data.corpus.streams import Torn
 from megatron_mer.data.corpus.worker import JobSettings, UnitWorker
@@ -117,7 +117,9 @@ def build_corpus(
     if not units:
         return Result(prefix, None)
     with Publication(prefix, job.overwrite) as publication:
-        choice = choose_encoder(tokenizer, job.engine, _sample(job, files, settings))
+        sample = _sample(job, files, settings)
+        documents = round(sample.density * sum(unit.size for unit in units))
+        choice = choose_encoder(tokenizer, job.engine, sample.texts, documents)
         work = _Work(job, settings, tokenizer, choice, units, Path(prefix + PARTS_SUFFIX))
         begun(Begun(work.total_bytes, len(units), work.processes, choice.reason))
         try:
@@ -139,8 +141,8 @@ def _piece_bytes(job: Job) -> int:
     return min(job.settings.piece_bytes, job.worker_memory // MEMORY_SHARES, MOST_PIECE)
 
 
-def _sample(job: Job, files: list[InputFile], settings: JobSettings) -> list[str]:
-    return [] if job.engine == "library" else sample_texts(files, settings.reading)
+def _sample(job: Job, files: list[InputFile], settings: JobSettings) -> Sample:
+    return Sample([], 0) if job.engine == "library" else sample_inputs(files, settings.reading)
 
 
 class _Work:

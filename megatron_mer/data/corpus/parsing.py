@@ -70,12 +70,12 @@ def parse_json_lines(data: bytes, first_line: int, settings: ReadSettings) -> Ba
     key, texts = settings.text_keys[0], batch.texts
     simple = len(settings.text_keys) == 1 and settings.language_key is None
     for number, line in enumerate(data.split(b"\n"), first_line):
-        if not line or line.isspace():
-            continue
         try:
             content = loads(line)
             text = content[key] if simple else None
         except (ValueError, KeyError, TypeError, IndexError):
+            if not line or line.isspace():
+                continue
             content = text = None
         if type(text) is str:
             # What `add` does, without a call for each of millions of documents.

@@ -48,7 +48,7 @@ class WorkerPool:
         context = multiprocessing.get_context("fork" if fork else "spawn")
         self._progress = context.SimpleQueue()
         self._stop = context.Event()
-        fast = choice.fast is not None
+        expected = None if choice.fast is None else choice.fast.expected
         self._pool = ProcessPoolExecutor(
             processes,
             mp_context=context,
@@ -56,7 +56,7 @@ class WorkerPool:
             initargs=(
                 settings,
                 folder,
-                (tokenizer, choice, locked) if fork else (fast, choice.reason, None),
+                (tokenizer, choice, locked) if fork else (expected, choice.reason, None),
                 self._progress,
                 self._stop,
             ),
@@ -120,7 +120,7 @@ def _has_one_thread() -> bool:
 def _start_worker(
     settings: JobSettings,
     folder: Path,
-    tools: tuple[Tokenizer, Choice, BinaryIO] | tuple[bool, str, None],
+    tools: tuple[Tokenizer, Choice, BinaryIO] | tuple[int | None, str, None],
     progress: Any,
     stop: Any,
 ) -> None:
@@ -131,9 +131,10 @@ def _start_worker(
         tokenizer, choice, locked = tools
         locked.close()  # Else its lock would outlive the parent.
     else:
-        fast, reason, _ = tools
+        expected, reason, _ = tools
         tokenizer = load_tokenizer(settings.tokenizer, settings.append_eod)
-        choice = Choice(GigatokenEncoder(tokenizer) if fast else None, reason)
+        fast = None if expected is None else GigatokenEncoder(tokenizer, expected)
+        choice = Choice(fast, reason)
 
     def stopped() -> None:
         if stop.is_set():

@@ -35,7 +35,7 @@ from megatron_mer.data.corpus.streams import (
 )
 
 SKIP_BYTES = 1 << 20
-FEW_UNITS, UNIT_BYTES = 4, 8 << 20
+FEW_UNITS, UNIT_BYTES = 4, 16 << 20
 """A file below a few shards is split too, for several workers, but not into less than that."""
 
 

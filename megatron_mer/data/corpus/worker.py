@@ -30,8 +30,9 @@ FORMAT_VERSION = 2
 """Of the shards: another one makes earlier shards useless."""
 BATCH_DOCUMENTS = 4096
 """Documents that are encoded together, so that short ones do not cost memory."""
-PROOF_CHARACTERS = 1 << 15
-"""Of each shard, on which the fast path's ids are compared with the library's."""
+LEAST_PROOF, MOST_PROOF, PROOF_SHARE = 1 << 13, 1 << 15, 1 << 11
+"""Characters of each shard on which the fast path's ids are compared with the library's: so many,
+or one for that many bytes of the shard."""
 
 Report = Callable[[int, int, int], None]
 """Called with the input's number, and the bytes read and documents written since the last call."""
@@ -238,7 +239,7 @@ class _Building:
         if self._settings.append_eod:
             tokens, lengths = self._with_ends(tokens, lengths)
         # After the tokenizer, which leaves the UTF-8 form that is only copied here.
-        size = sum(len(text.encode()) for text in texts)
+        size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         self.writer.add(tokens.astype(self.writer.dtype, copy=False), lengths, size)
         for name, text, length in zip(languages, texts, lengths.tolist(), strict=False):
             self.writer.add_language(name, Counts(1, len(text.encode()), length))
@@ -300,7 +301,7 @@ class _Building:
         if self._encoder is None:
             self._encoder = self._tokenizer
             if self._choice.fast is not None:
-                sample, left = [], PROOF_CHARACTERS
+                sample, left = [], self._proof_characters()
                 for text in texts:
                     sample.append(text[:left])
                     left -= len(sample[-1])
@@ -311,6 +312,11 @@ class _Building:
                 else:
                     self._reason = "the tokenizer's library: gigatoken's ids differ in this shard"
         return self._encoder
+
+    def _proof_characters(self) -> int:
+        most = self._settings.shard_bytes
+        size = min(self._unit.size or most, most)
+        return min(max(size // PROOF_SHARE, LEAST_PROOF), MOST_PROOF)
 
     def _leave_out(self, fault: Fault) -> None:
         if self._settings.on_error == "stop" and fault.kind != EMPTY:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -18,7 +19,6 @@ from megatron_mer.data.tokenizers.base import (
     Encoder,
     FlatIds,
     Tokenizer,
-    flatten,
 )
 from megatron_mer.data.tokenizers.huggingface import HuggingFaceTokenizer
 from megatron_mer.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -29,9 +29,9 @@ Engine = Literal["auto", "library", "gigatoken"]
 
 SCHEMES = {LLAMA3: "gpt4", CL100K: "gpt4", O200K: "o200k", R50K: "gpt2"}
 """gigatoken's names of the ways to split text."""
-FEW_TEXTS, FEW_CHARACTERS = 50_000, 1 << 25
-"""Texts that are encoded one by one, some microseconds each; a batch has to import awkward first,
-which takes as long as that many. With several threads, so many characters."""
+FEW_TEXTS, FEW_CHARACTERS = 20_000, 1 << 25
+"""Texts that are encoded one by one; a batch saves some microseconds each, but has to import
+awkward first, which takes as long as that many. With several threads, so many characters."""
 LIBRARIES = {"sentencepiece": "sentencepiece", "hf": "tokenizers", "tiktoken": "tiktoken"}
 
 
@@ -40,13 +40,15 @@ class GigatokenEncoder:
 
     Args:
         tokenizer: whose ids are wanted.
+        expected: texts that will come, about; where they are many, workers that are forked later
+            share what has to be imported for them.
 
     Raises:
         ValueError: gigatoken does not know this kind of tokenizer.
         ImportError: it is not installed.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, expected: int = 0) -> None:
         from gigatoken import Tokenizer as Gigatoken
 
         if isinstance(tokenizer, SentencePieceTokenizer):
@@ -63,7 +65,10 @@ class GigatokenEncoder:
         else:
             raise ValueError(f"gigatoken does not know tokenizers of kind {tokenizer.kind}")
         self._backend: Any = model.backend
+        self.expected = expected
         self._texts = self._characters = 0
+        if expected > FEW_TEXTS:
+            import_module("awkward")  # gigatoken does it with its first batch
 
     def encode_flat(self, texts: Sequence[str], num_threads: int = 1) -> FlatIds:
         """Return the ids of many texts in one array; see `Encoder.encode_flat`."""
@@ -71,8 +76,11 @@ class GigatokenEncoder:
             return FlatIds(np.empty(0, np.int32), np.empty(0, np.int64))
         self._texts += len(texts)
         self._characters += sum(map(len, texts)) if num_threads > 1 else 0
-        if self._texts <= FEW_TEXTS and self._characters <= FEW_CHARACTERS:
-            return flatten(self._backend.encode(text) for text in texts)
+        few = max(self._texts, self.expected) <= FEW_TEXTS
+        if few and self._characters <= FEW_CHARACTERS:
+            arrays = [self._backend.encode(text) for text in texts]
+            lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+            return FlatIds(np.concatenate(arrays), lengths)
         ids = self._backend.encode_batch(list(texts), parallel=num_threads > 1)
         offsets = np.asarray(ids.layout.offsets.data)
         tokens = np.asarray(ids.layout.content.data)[offsets[0] : offsets[-1]]
@@ -83,13 +91,15 @@ class GigatokenEncoder:
 class Choice:
     """Which library gives the ids, and why."""
 
-    fast: Encoder | None
+    fast: GigatokenEncoder | None
     """gigatoken; None: the tokenizer's own library does."""
     reason: str
     """In words; starts with the package and its version."""
 
 
-def choose_encoder(tokenizer: Tokenizer, engine: Engine, sample: Sequence[str]) -> Choice:
+def choose_encoder(
+    tokenizer: Tokenizer, engine: Engine, sample: Sequence[str], expected: int = 0
+) -> Choice:
     """Decide which library gives the ids.
 
     Args:
@@ -97,6 +107,7 @@ def choose_encoder(tokenizer: Tokenizer, engine: Engine, sample: Sequence[str]) 
         engine: auto: gigatoken where it is installed and proven; library: never; gigatoken: as
             auto, but without it there is an error.
         sample: texts to compare on.
+        expected: texts that will come, about.
 
     Raises:
         DataError: gigatoken was asked for and cannot be used.
@@ -105,7 +116,7 @@ def choose_encoder(tokenizer: Tokenizer, engine: Engine, sample: Sequence[str]) 
     own = f"{library} {_version(library)}"
     if engine == "library":
         return Choice(None, f"{own}, as --engine asks for")
-    fast, problem = _make(tokenizer)
+    fast, problem = _make(tokenizer, expected)
     size = sum(len(text.encode()) for text in sample)
     if fast is not None and not same_ids(fast, tokenizer, sample):
         fast, problem = None, f"its ids differ on a sample of {len(sample):,} documents"
@@ -127,9 +138,9 @@ def same_ids(fast: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> bool:
     return np.array_equal(own.lengths, other.lengths) and np.array_equal(own.tokens, other.tokens)
 
 
-def _make(tokenizer: Tokenizer) -> tuple[Encoder | None, str]:
+def _make(tokenizer: Tokenizer, expected: int) -> tuple[GigatokenEncoder | None, str]:
     try:
-        return GigatokenEncoder(tokenizer), ""
+        return GigatokenEncoder(tokenizer, expected), ""
     except ImportError:
         return None, "it is not installed (`make venv-corpora`, or `pip install gigatoken`)"
     except Exception as error:  # noqa: BLE001 - whatever it cannot read, the library can

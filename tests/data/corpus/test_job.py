@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from megatron_mer.data.corpus import assembly, pool
+from megatron_mer.data.corpus import assembly, pool, streams
 from megatron_mer.data.corpus import job as job_module
 from megatron_mer.data.corpus.partition import Partition
 from megatron_mer.data.dataset_merge import DatasetMerge
@@ -113,7 +113,7 @@ def test_one_worker_shows_progress_and_appends_meanwhile(
     build: Build, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A single large input: whatever is read of it is told, and shards go into the dataset."""
-    texts = [np.random.default_rng(number).bytes(80).hex() for number in range(300)]
+    texts = [np.random.default_rng(number).bytes(200).hex() for number in range(300)]
     path, data = tmp_path / f"x.{kind}", b"".join(map(line, texts))
     if kind == "pipe":
         os.mkfifo(path)
@@ -121,7 +121,10 @@ def test_one_worker_shows_progress_and_appends_meanwhile(
     elif kind == "parquet":
         parquet.write_table(pa.table({"text": texts}), path, row_group_size=50)
     else:
-        path.write_bytes(gzip.compress(data) if kind == "gz" else zstandard.compress(data))
+        pack = gzip.compress if kind == "gz" else zstandard.compress
+        starts = range(0, len(data), 10_000)
+        path.write_bytes(b"".join(pack(data[start : start + 10_000]) for start in starts))
+    monkeypatch.setattr(streams, "MOST_CHUNK", 1 << 12)
     appended: list[int] = []
     append = assembly.Assembly._append
     monkeypatch.setattr(
