@@ -12,6 +12,7 @@ from megatron_mer.parallel.topology import (
 )
 
 if TYPE_CHECKING:
+    from megatron_mer.parallel.chunked_loss import chunk_tokens, chunked_linear_cross_entropy
     from megatron_mer.parallel.collectives import (
         TensorParallelGroup,
         enter_region,
@@ -39,6 +40,8 @@ __all__ = [
     "TensorParallelGroup",
     "VocabParallelEmbedding",
     "apply_plan",
+    "chunk_tokens",
+    "chunked_linear_cross_entropy",
     "cut_of",
     "enter_region",
     "num_micro_batches",
@@ -53,7 +56,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import what needs torch once it is asked for: the rank grid works without."""
     if name in __all__:
-        for module in ("collectives", "cut", "layers", "loss"):
+        for module in ("chunked_loss", "collectives", "cut", "layers", "loss"):
             found = vars(import_module(f"{__name__}.{module}"))
             if name in found:
                 return found[name]
