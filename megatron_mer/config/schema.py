@@ -41,6 +41,22 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """What the arithmetic of a step is computed with; the loss is the same but for rounding."""
+
+    loss: Literal["chunked", "whole"] = "chunked"
+    """chunked: the logits of some tokens at a time, their gradient at once; whole: all logits of a
+    micro batch, as large as its tokens times the vocabulary."""
+    loss_chunk_tokens: Count | None = None
+    """Tokens of a chunk; default: what fits the processor's caches, or 512 MiB of a GPU."""
+    compile: Flag = False
+    """Compile each block (torch.compile): a minute at the start, then fewer and larger kernels."""
+    fused: Literal["auto", "off"] = "auto"
+    """auto: on a GPU RMSNorm and SwiGLU of the package liger-kernel, where it is there and the
+    blocks are not compiled; off: PyTorch's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """Rows of an optimizer step."""
 
@@ -355,6 +371,7 @@ class RunConfig:
     tokenizer.json; hf:PATH#TOKEN names the token that ends documents) or tiktoken (a file of ranks
     such as Llama-3's tokenizer.model; tiktoken:PATH#SCHEME says how text is split)."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     batch: BatchConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

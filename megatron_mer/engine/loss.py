@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_mer.parallel import TensorParallelGroup, vocab_parallel_cross_entropy
+from megatron_mer.parallel import (
+    TensorParallelGroup,
+    chunked_linear_cross_entropy,
+    enter_region,
+    vocab_parallel_cross_entropy,
+)
 
 # (targets (B, S) int64, mask (B, S) fp32, unmasked (1,) fp32)
 Labels = tuple[Tensor, Tensor, Tensor]
@@ -24,6 +29,7 @@ class GlobalTokenLoss:
         dp_size: data-parallel size.
         device: where the rows' losses are kept.
         vocab_size: V, without the padding that the ranks' logits may have.
+        chunk: tokens whose logits a chunked loss makes at once; None: its own choice.
     """
 
     def __init__(
@@ -33,12 +39,23 @@ class GlobalTokenLoss:
         dp_size: int,
         device: torch.device,
         vocab_size: int | None,
+        chunk: int | None = None,
     ) -> None:
+        self._head: Tensor | None = None
+        self._chunk = chunk
         self._group = group
         self._vocab_size = vocab_size
         self._scale = float(num_micro_batches * dp_size)
         self._device = device
         self._rows: list[Tensor] = []
+
+    def take_head(self, weight: Tensor) -> None:
+        """Be called with hidden states from now on and multiply by the head, chunk by chunk.
+
+        Args:
+            weight: (ceil(V/tp), D), this rank's rows of the head.
+        """
+        self._head = weight
 
     def reset(self) -> None:
         """Forget the rows of the micro batches so far."""
@@ -50,11 +67,12 @@ class GlobalTokenLoss:
             return torch.zeros(0, 2, dtype=torch.float64, device=self._device)
         return torch.cat(self._rows)
 
-    def __call__(self, logits: Tensor, labels: Labels) -> Tensor:
+    def __call__(self, output: Tensor, labels: Labels) -> Tensor:
         """The scaled loss of one micro batch.
 
         Args:
-            logits: (B, S, ceil(V/tp)), this rank's part of the vocabulary.
+            output: the model's: (B, S, ceil(V/tp)) logits, this rank's part of the vocabulary, or
+                with a head that was taken (B, S, D) hidden states.
             labels: targets, mask and the global batch's unmasked tokens.
 
         Returns:
@@ -62,11 +80,19 @@ class GlobalTokenLoss:
             norm, which every rank sees, tells all ranks to leave the update out.
         """
         targets, mask, unmasked = labels
-        losses = vocab_parallel_cross_entropy(logits, targets, self._group, self._vocab_size)
-        token_losses = losses * mask
+        factors = mask * (self._scale / unmasked[0])
+        if self._head is None:
+            losses = vocab_parallel_cross_entropy(output, targets, self._group, self._vocab_size)
+            loss = (losses * factors).sum()
+        else:
+            hidden = enter_region(output, self._group)
+            where = (self._group, self._vocab_size, self._chunk)
+            loss, losses = chunked_linear_cross_entropy(
+                hidden, self._head, targets, factors, *where
+            )
         with torch.no_grad():
+            token_losses = losses * mask
             sums = (token_losses.sum(1, dtype=torch.float64), mask.sum(1, dtype=torch.float64))
             self._rows.append(torch.stack(sums, 1))
-        loss = token_losses.sum() * (self._scale / unmasked[0])
         poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         return loss * poison

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_mer.config import ModelConfig, RunConfig
 from megatron_mer.engine.distributed import DEFAULT_TIMEOUT, device, silence_engine_prints
+from megatron_mer.engine.loss import GlobalTokenLoss
 from megatron_mer.engine.masters import TiedGroup
 from megatron_mer.engine.tensor_plan import LLAMA_PLAN
 from megatron_mer.model import build_layers, initialise_layer, layer_costs
@@ -77,7 +79,7 @@ class StagedLlama(PipelineModule):
         config: the resolved run.
         layout: the rank grid.
         group: this rank's tensor-parallel group.
-        loss: called with (logits, labels) on the last stage.
+        loss: called with (output, labels) on the last stage.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class StagedLlama(PipelineModule):
         config: RunConfig,
         layout: Layout,
         group: TensorParallelGroup,
-        loss: Callable[..., Tensor],
+        loss: GlobalTokenLoss,
     ) -> None:
         bounds = stage_bounds(layer_costs(config.model), layout.pp_size)
         # DeepSpeed asks for the bounds inside its own __init__.
@@ -99,6 +101,10 @@ class StagedLlama(PipelineModule):
         with silence_engine_prints(), torch.no_grad():
             super().__init__(_specs(named, config, group), topology=topology, loss_fn=loss)
         self._tied_process_groups = _tied_process_groups(layout, self._tied_stages(bounds))
+        if config.kernels.loss == "chunked" and self.parts[self.stage_id + 1] == len(named):
+            # The head's weight stays this stage's; the loss multiplies by it.
+            head = self.forward_funcs.pop()
+            loss.take_head((head.args[0] if isinstance(head, partial) else head).weight)
 
     def _partition_layers(self, method: str = "uniform") -> None:
         """Cut the layers where the costliest stage is cheapest; DeepSpeed's way counts layers."""

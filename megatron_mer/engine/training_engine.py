@@ -71,6 +71,7 @@ class TrainingEngine:
             layout.dp_size,
             self._device,
             config.model.vocab_size,
+            config.kernels.loss_chunk_tokens,
         )
         self._module = StagedLlama(config, layout, self._group, self._loss)
         self._names = self._module.canonical_names()

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from megatron_mer.parallel.chunk import chunk_tokens
 from megatron_mer.parallel.topology import (
     Coordinate,
     Layout,
@@ -12,7 +13,7 @@ from megatron_mer.parallel.topology import (
 )
 
 if TYPE_CHECKING:
-    from megatron_mer.parallel.chunked_loss import chunk_tokens, chunked_linear_cross_entropy
+    from megatron_mer.parallel.chunked_loss import chunked_linear_cross_entropy
     from megatron_mer.parallel.collectives import (
         TensorParallelGroup,
         enter_region,

@@ -1,4 +1,4 @@
-"""Output head and cross-entropy in one, some tokens at a time, so that the logits never exist whole.
+"""Output head and cross-entropy in one, some tokens at a time: the logits never exist whole.
 
 The gradients of a chunk are made at once, while its logits are there: the forward pass leaves the
 gradients of the hidden states and of the head's weight, and the backward pass only scales them (as
@@ -15,25 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mer.parallel.chunk import chunk_tokens
 from megatron_mer.parallel.collectives import TensorParallelGroup
 from megatron_mer.parallel.cut import slice_bounds
-
-# A chunk's logits in fp32 take so many bytes at most: on a CPU what its last cache holds beside
-# the weight, on a GPU what keeps its matrix products large.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
-# Below so many tokens summing up the weight's gradient costs more than the logits' caching saves.
-LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
-
-
-def chunk_tokens(vocab_share: int, device_type: str) -> int:
-    """How many tokens' logits are made at once.
-
-    Args:
-        vocab_share: columns of a rank's logits.
-        device_type: cpu or cuda.
-    """
-    most = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * max(1, vocab_share))
-    return max(LEAST_TOKENS.get(device_type, LEAST_TOKENS["cuda"]), most)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def test_without_gradients_none_are_made():
     with torch.no_grad():
         total, losses = chunked_linear_cross_entropy(hidden, weight, targets, factors, ONE, chunk=4)
     expected, expected_losses = whole(hidden, weight, targets, factors)
-    assert not total.requires_grad and not losses.requires_grad
+    assert not total.requires_grad
+    assert not losses.requires_grad
     torch.testing.assert_close(total, expected.detach())
     torch.testing.assert_close(losses, expected_losses.detach())
 
@@ -78,10 +79,12 @@ def test_what_is_not_finite_shows_in_its_token(bad):
     with torch.no_grad():
         hidden[1, 3, 4] = bad
     total, losses = chunked_linear_cross_entropy(hidden, weight, targets, factors, ONE, chunk=4)
-    assert losses[1, 3].isnan() and losses.isnan().sum() == 1
+    assert losses[1, 3].isnan()
+    assert losses.isnan().sum() == 1
     assert total.isnan()
     total.backward()
-    assert hidden.grad[1, 3].isnan().any() and hidden.grad[0].isfinite().all()
+    assert hidden.grad[1, 3].isnan().any()
+    assert hidden.grad[0].isfinite().all()
     assert weight.grad.isnan().any()
 
 

@@ -12,6 +12,7 @@ from megatron_mer.parallel import (
     Layout,
     TensorParallelGroup,
     apply_plan,
+    chunked_linear_cross_entropy,
     cut_of,
     enter_region,
     slice_bounds,
@@ -77,6 +78,7 @@ def check_model(group, tied, num_kv_heads, vocab_size):
     losses = vocab_parallel_cross_entropy(logits, targets, group, vocab_size)
     close(losses, expected, "losses")
     (losses * weights).sum().backward()
+    check_chunked(named, layers, inputs, targets, weights, losses, group, vocab_size)
 
     wanted = dict(whole.named_parameters())
     for name, layer in layers.items():
@@ -95,6 +97,24 @@ def check_model(group, tied, num_kv_heads, vocab_size):
             mine, padding = parameter.grad.split([width, parameter.shape[cut.dim] - width], cut.dim)
             close(mine, grad.narrow(cut.dim, cut.begin, width), f"gradient of {what}")
             assert torch.equal(padding, torch.zeros_like(padding)), what
+
+
+def check_chunked(named, layers, inputs, targets, weights, losses, group, vocab_size):
+    """The logits of some tokens at a time give the same, down to the embedding's gradient."""
+    parameters = [p for layer in layers.values() for p in layer.parameters()]
+    kept = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    hidden = staged_forward(named[:-1], layers, inputs)
+    head = layers[named[-1][0]].weight
+    total, chunked = chunked_linear_cross_entropy(
+        enter_region(hidden, group), head, targets, weights, group, vocab_size, chunk=7
+    )
+    total.backward()
+    close(chunked, losses.detach(), "chunked losses")
+    for parameter, whole in zip(parameters, kept, strict=True):
+        close(parameter.grad, whole, "gradient of a chunked loss")
+        parameter.grad = whole
 
 
 def same_on_all(tensor, group, size, what):

@@ -66,3 +66,22 @@ def loss_backward(shape: RankShape) -> int:
 def head_backward(shape: RankShape) -> int:
     """Gradients of the logits, of the head's weight and of its input."""
     return shape.logits + shape.vocab_matrix * shape.width + shape.stream
+
+
+def chunked_loss(shape: RankShape) -> int:
+    """What `parallel/chunked_loss.py` makes: gradients of input and weight, and a chunk's logits.
+
+    The weight's gradient is summed in fp32. Logits lie beside their softmax; then, in bf16, the
+    softmax beside the gradient in bf16 and its product with the chunk's input.
+    """
+    logits = shape.chunk * shape.vocab
+    chunk = logits * (shape.width + FP32)
+    if shape.width != FP32:
+        chunk += shape.vocab_matrix * shape.width
+    return shape.stream + shape.vocab_matrix * FP32 + chunk
+
+
+def chunked_backward(shape: RankShape) -> int:
+    """Both gradients; in bf16 the weight's in its own dtype too."""
+    copied = shape.vocab_matrix * shape.width if shape.width != FP32 else 0
+    return shape.stream + shape.vocab_matrix * FP32 + copied

@@ -145,7 +145,7 @@ class _Model:
             # One buffer for received activations and gradients (`_allocate_or_extend_buffers`).
             parts["pipeline buffer"] = self.shape.stream
         if self.stage.last:
-            parts["kept logits"] = self.kept_logits() if self.micro_batches > 1 else 0
+            parts["kept output"] = self.kept_output() if self.micro_batches > 1 else 0
         return parts
 
     def reptile_state(self) -> dict[str, int]:
@@ -160,17 +160,22 @@ class _Model:
             parts["Reptile last delta"] = self.owned * 2
         return parts
 
-    def kept_logits(self) -> int:
-        """Logits that stay after their backward pass, and with stages what their graph holds.
+    @property
+    def output(self) -> int:
+        """Bytes of what the last stage gives the loss: hidden states, or the logits whole."""
+        return self.shape.stream if self.shape.chunk else self.shape.logits
 
-        The last stage never empties its two `pipe_buffers["outputs"]`, and the graph of the logits
+    def kept_output(self) -> int:
+        """Output that stays after its backward pass, and with stages what its graph holds.
+
+        The last stage never empties its two `pipe_buffers["outputs"]`, and the graph of the output
         holds the stage's input and the gradient of it.
         """
-        return self.shape.logits + (2 * self.shape.stream if self.piped else 0)
+        return self.output + (2 * self.shape.stream if self.piped else 0)
 
     def _last_logits(self) -> dict[str, int]:
         """Those of the step's last micro batch, once it went backward."""
-        return {"logits and loss": self.kept_logits()} if self.stage.last else {}
+        return {"logits and loss": self.kept_output()} if self.stage.last else {}
 
     def backward(self) -> dict[str, int]:
         """The fullest moment of forward and backward passes."""
@@ -207,21 +212,26 @@ class _Model:
         """The loss, the head and each block going backward."""
         shape = self.shape
         ends = self._ends()
-        logits = shape.logits if self.stage.last else 0
+        output = self.output if self.stage.last else 0
         if self.stage.last:
             saved = self._saved(self.stage.blocks) + ends + self._behind_blocks()
             there = self._gradients(self.stage.blocks, before_head=True)
             # The first gradient of a step has the bucket allocated.
             bucket = self.bucket if self.micro_batches > 1 else 0
-            yield _Moment(there, bucket, saved, logits + act.loss_backward(shape), 0)
-            yield _Moment(there, bucket, saved, logits, act.head_backward(shape))
-            if self.recompute:
-                # The head too: its logits are there twice, beside their gradient.
-                yield _Moment(there, bucket, saved, 2 * logits, shape.logits)
+            if shape.chunk:
+                # The output is the head's input, which is counted as saved.
+                yield _Moment(there, bucket, saved, act.chunked_loss(shape), 0)
+                yield _Moment(there, bucket, saved, act.chunked_backward(shape), 0)
+            else:
+                yield _Moment(there, bucket, saved, output + act.loss_backward(shape), 0)
+                yield _Moment(there, bucket, saved, output, act.head_backward(shape))
+                if self.recompute:
+                    # The head too: its logits are there twice, beside their gradient.
+                    yield _Moment(there, bucket, saved, 2 * output, shape.logits)
         for block in range(self.stage.blocks, 0, -1):
             saved = self._saved(block - 1) + ends + act.block_saved(shape)
             there = self._gradients(block, before_head=False)
-            yield _Moment(there, self.bucket, saved, logits, act.block_backward(shape))
+            yield _Moment(there, self.bucket, saved, output, act.block_backward(shape))
 
     def _gradients(self, blocks: int, before_head: bool) -> int:
         """Bytes of gradients while the first blocks still wait for their backward pass.

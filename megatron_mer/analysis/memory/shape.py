@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_mer.config import RunConfig
 from megatron_mer.model.dimensions import Dimensions
 from megatron_mer.model.flops import layer_costs
+from megatron_mer.parallel.chunk import chunk_tokens
 from megatron_mer.parallel.topology import Layout, num_micro_batches, stage_bounds
 
 Device = Literal["cuda", "cpu"]
@@ -41,6 +42,8 @@ class RankShape:
     """Bytes of a weight and of an activation: 2 in bf16, 4 in fp32."""
     device: Device
     """Whose kernels keep what for the backward pass."""
+    chunk: int
+    """Tokens whose logits are there at once; 0: those of the whole micro batch."""
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, device: Device) -> RankShape:
@@ -49,18 +52,25 @@ class RankShape:
         heads = dims.num_heads // layout.tp_size
         # A key-value head that fewer heads than ranks leave over is there on several ranks.
         kv_heads = math.ceil(dims.num_kv_heads / layout.tp_size)
+        vocab = math.ceil(dims.vocab_size / layout.tp_size)
+        rows = config.batch.micro_batch_size
+        chunk = 0
+        if config.kernels.loss == "chunked":
+            most = config.kernels.loss_chunk_tokens or chunk_tokens(vocab, device)
+            chunk = min(most, rows * config.model.seq_length)
         return cls(
-            rows=config.batch.micro_batch_size,
+            rows=rows,
             seq_length=config.model.seq_length,
             hidden=dims.hidden_size,
             heads=heads,
             query_width=heads * dims.head_dim,
             kv_width=kv_heads * dims.head_dim,
             ffn=dims.ffn_hidden_size // layout.tp_size,
-            vocab=math.ceil(dims.vocab_size / layout.tp_size),
+            vocab=vocab,
             grouped=dims.num_heads != dims.num_kv_heads,
             width=2 if config.precision == "bf16" else FP32,
             device=device,
+            chunk=chunk,
         )
 
     @property
