@@ -30,6 +30,25 @@ class _Head:
     """The vocabulary's row that is this rank's first."""
     group: TensorParallelGroup
 
+    def chunk(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        factors: Tensor,
+        into: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Losses (n,) of n tokens; their gradients are written and added to two tensors."""
+        losses, inside = self.probabilities(hidden, targets)
+        if into is not None:
+            hidden_grad, weight_grad = into
+            grads = self.logit_gradients(inside, targets, factors)
+            torch.mm(grads, self.weight, out=hidden_grad)
+            if grads.dtype == weight_grad.dtype:
+                weight_grad.addmm_(grads.t(), hidden)
+            else:
+                weight_grad += grads.t() @ hidden
+        return losses
+
     def probabilities(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (n,) and the softmax (n, held), both fp32, of n tokens."""
         logits = hidden @ self.weight.t()
@@ -89,11 +108,8 @@ class _ChunkedLoss(torch.autograd.Function):
             ctx.dtype = weight.dtype
         for start in range(0, len(targets), chunk):
             at = slice(start, start + chunk)
-            losses[at], inside = head.probabilities(hidden[at], targets[at])
-            if differentiate:
-                grads = head.logit_gradients(inside, targets[at], factors[at])
-                torch.mm(grads, head.weight, out=ctx.hidden_grad[at])
-                _add_product(ctx.weight_grad[:held], grads, hidden[at])
+            into = (ctx.hidden_grad[at], ctx.weight_grad[:held]) if differentiate else None
+            losses[at] = head.chunk(hidden[at], targets[at], factors[at], into)
         ctx.mark_non_differentiable(losses)
         return (losses * factors).sum(), losses
 
@@ -105,13 +121,6 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_grad = ctx.weight_grad.mul_(grads[0]).to(ctx.dtype)
         ctx.hidden_grad = ctx.weight_grad = None
         return hidden_grad, weight_grad, None, None, None, None, None
-
-
-def _add_product(total: Tensor, grads: Tensor, hidden: Tensor) -> None:
-    if grads.dtype == total.dtype:
-        total.addmm_(grads.t(), hidden)
-    else:
-        total += grads.t() @ hidden
 
 
 def chunked_linear_cross_entropy(

@@ -71,14 +71,16 @@ def head_backward(shape: RankShape) -> int:
 def chunked_loss(shape: RankShape) -> int:
     """What `parallel/chunked_loss.py` makes: gradients of input and weight, and a chunk's logits.
 
-    The weight's gradient is summed in fp32. Logits lie beside their softmax; then, in bf16, the
-    softmax beside the gradient in bf16 and its product with the chunk's input.
+    The weight's gradient is summed in fp32. Logits lie beside their softmax, in bf16 on a CPU with
+    an fp32 copy; then, in bf16, the softmax beside the gradient and its product with the input.
     """
     logits = shape.chunk * shape.vocab
-    chunk = logits * (shape.width + FP32)
+    softmax = logits * (shape.width + FP32)
+    product = 0
     if shape.width != FP32:
-        chunk += shape.vocab_matrix * shape.width
-    return shape.stream + shape.vocab_matrix * FP32 + chunk
+        softmax += logits * FP32 if shape.device == "cpu" else 0
+        product = logits * (FP32 + shape.width) + shape.vocab_matrix * shape.width
+    return shape.stream + shape.vocab_matrix * FP32 + max(softmax, product)
 
 
 def chunked_backward(shape: RankShape) -> int:
