@@ -236,6 +236,9 @@ class ReptileConfig:
     """Momentum of the outer step; 0 is plain Reptile."""
     nesterov: Flag = False
     """Nesterov's form of the momentum; needs momentum > 0."""
+    anchor: Literal["device", "host"] = "device"
+    """Where the anchor and what else Reptile keeps lie: on the GPU, or in the host's memory
+    (page-locked), from where each update reads them and writes them back."""
     track_cosine: Flag = True
     """Log the cosine between consecutive deltas; without momentum it keeps one more bf16 copy."""
 

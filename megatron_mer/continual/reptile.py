@@ -28,6 +28,8 @@ from megatron_mer.errors import CheckpointError
 
 # Elements worked on at a time: temporaries stay at 16 MiB whatever the model's size.
 CHUNK = 1 << 22
+# On a CPU so few that temporaries stay in the processor's caches.
+CPU_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Reptile:
 
     Memory beside the model's, a rank: the anchor (4 bytes a locally owned weight); the velocity
     (4 bytes) with momentum; with ``track_cosine`` and no momentum the last delta in bf16 (2 bytes).
+    With ``anchor: host`` they lie in the host's memory, and a chunk at a time is on the device.
 
     Args:
         config: k, epsilon, momentum, nesterov, track_cosine.
@@ -93,12 +96,20 @@ class Reptile:
         self._identity = config.epsilon == 1.0 and config.momentum == 0.0
         self.updates_since = 0
         self.updates_done = 0
-        self.anchor = [shard.tensor.detach().clone() for shard in masters.shards]
-        self.velocity = [torch.zeros_like(a) for a in self.anchor] if config.momentum else []
+        self.anchor = [self._place(shard.tensor).copy_(shard.tensor) for shard in masters.shards]
+        self.velocity = [self._place(a).zero_() for a in self.anchor] if config.momentum else []
         keep_delta = config.track_cosine and not config.momentum
         self.last_delta = (
-            [torch.zeros_like(a, dtype=torch.bfloat16) for a in self.anchor] if keep_delta else []
+            [self._place(a, torch.bfloat16).zero_() for a in self.anchor] if keep_delta else []
         )
+
+    def _place(self, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An empty tensor where Reptile's state lies."""
+        like = like.detach()
+        if self.config.anchor == "device":
+            return torch.empty_like(like, dtype=dtype)
+        pinned = torch.cuda.is_available()
+        return torch.empty(like.shape, dtype=dtype, device="cpu", pin_memory=pinned)
 
     @torch.no_grad()
     def after_update(self) -> ReptileUpdate | None:
@@ -124,27 +135,30 @@ class Reptile:
         sums = torch.zeros(3, dtype=torch.float64, device=where)
         averaged = self._tied_deltas()
         for index, shard in enumerate(shards):
-            for start, stop in _chunks(shard.tensor.numel()):
-                anchor = self.anchor[index][start:stop]
+            for start, stop in _chunks(shard.tensor):
                 theta = shard.tensor[start:stop]
-                tied = averaged.get(index)
-                delta = theta - anchor if tied is None else tied[start:stop]
-                if shard.counted:
-                    sums += self._products(index, start, stop, delta)
-                if self.last_delta:
-                    self.last_delta[index][start:stop].copy_(delta)
-                if self._identity:
-                    # anchor + (theta - anchor) need not equal theta in floating point.
-                    anchor.copy_(theta)
-                else:
-                    anchor.add_(self._step(index, start, stop, delta), alpha=self.config.epsilon)
-                    theta.copy_(anchor)
+                with _brought(self.anchor[index][start:stop], theta) as anchor:
+                    tied = averaged.get(index)
+                    delta = theta - anchor if tied is None else tied[start:stop]
+                    if shard.counted:
+                        sums += self._products(index, start, stop, delta)
+                    if self.last_delta:
+                        self.last_delta[index][start:stop].copy_(delta, non_blocking=True)
+                    if self._identity:
+                        # anchor + (theta - anchor) need not equal theta in floating point.
+                        anchor.copy_(theta)
+                    else:
+                        step = self._step(index, start, stop, delta)
+                        anchor.add_(step, alpha=self.config.epsilon)
+                        theta.copy_(anchor)
         return sums
 
     def _tied_deltas(self) -> dict[int, Tensor]:
         """Deltas of tied copies, averaged over their stages so that copies cannot drift apart."""
         shards = self._masters.shards
-        tied = {i: s.tensor - self.anchor[i] for i, s in enumerate(shards) if s.tied}
+        tied = {
+            i: s.tensor - self.anchor[i].to(s.tensor.device) for i, s in enumerate(shards) if s.tied
+        }
         self._masters.average_tied(list(tied.values()))
         return tied
 
@@ -153,15 +167,15 @@ class Reptile:
         squared = _dot(delta, delta)
         if not (reference and self.config.track_cosine):
             return torch.stack([squared, torch.zeros_like(squared), torch.zeros_like(squared)])
-        previous = reference[index][start:stop]
+        previous = reference[index][start:stop].to(delta.device, delta.dtype, non_blocking=True)
         return torch.stack([squared, _dot(delta, previous), _dot(previous, previous)])
 
     def _step(self, index: int, start: int, stop: int, delta: Tensor) -> Tensor:
         momentum = self.config.momentum
         if not momentum:
             return delta
-        velocity = self.velocity[index][start:stop]
-        velocity.mul_(momentum).add_(delta)
+        with _brought(self.velocity[index][start:stop], delta) as velocity:
+            velocity.mul_(momentum).add_(delta)
         return torch.add(delta, velocity, alpha=momentum) if self.config.nesterov else velocity
 
     @contextmanager
@@ -180,10 +194,15 @@ class Reptile:
     @torch.no_grad()
     def _exchange(self) -> None:
         for shard, anchor in zip(self._masters.shards, self.anchor, strict=True):
-            for start, stop in _chunks(anchor.numel()):
-                kept = anchor[start:stop].clone()
-                anchor[start:stop].copy_(shard.tensor[start:stop])
-                shard.tensor[start:stop].copy_(kept)
+            for start, stop in _chunks(shard.tensor):
+                theta = shard.tensor[start:stop]
+                with _brought(anchor[start:stop], theta) as here:
+                    kept = here.clone()
+                    here.copy_(theta)
+                    theta.copy_(kept)
+        if self.config.anchor == "host" and torch.cuda.is_available():
+            # A checkpoint may read the host's memory next, which no stream orders.
+            torch.cuda.synchronize()
         self._masters.publish()
 
     def tensors(self) -> dict[str, list[Tensor]]:
@@ -218,11 +237,21 @@ def _summarise(sums: Tensor) -> ReptileUpdate:
     return ReptileUpdate(delta_norm=math.sqrt(delta_squared), delta_cosine=cosine)
 
 
-def _chunks(numel: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, numel, CHUNK):
-        yield start, min(start + CHUNK, numel)
+@contextmanager
+def _brought(kept: Tensor, to: Tensor) -> Iterator[Tensor]:
+    """A tensor on another's device, for reading and writing; what is written goes back."""
+    here = kept.to(to.device, non_blocking=True)
+    yield here
+    if here is not kept:
+        kept.copy_(here, non_blocking=True)
+
+
+def _chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    numel, size = tensor.numel(), CPU_CHUNK if tensor.device.type == "cpu" else CHUNK
+    for start in range(0, numel, size):
+        yield start, min(start + size, numel)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Dot product of two vectors, summed in fp64."""
-    return torch.dot(left.double(), right.double())
+    """Dot product of two fp32 vectors of one chunk; chunks are added up in fp64."""
+    return torch.dot(left, right).double()

@@ -20,6 +20,7 @@ from megatron_mer.config import RunConfig
 from megatron_mer.data.batches import MicroBatch, RankBatch
 from megatron_mer.engine.deepspeed_config import deepspeed_config
 from megatron_mer.engine.distributed import device, silence_engine_prints, tensor_parallel_group
+from megatron_mer.engine.kernels import choose_kernels
 from megatron_mer.engine.loss import GlobalTokenLoss, Labels
 from megatron_mer.engine.masters import Piece, ShardedMasters
 from megatron_mer.engine.pipeline import StagedLlama
@@ -74,6 +75,7 @@ class TrainingEngine:
             config.kernels.loss_chunk_tokens,
         )
         self._module = StagedLlama(config, layout, self._group, self._loss)
+        choose_kernels(self._module.modules(), config.kernels, rank)
         self._names = self._module.canonical_names()
         optimizer = _adamw(config, self._names)
         settings = deepspeed_config(

@@ -26,6 +26,16 @@ from megatron_mer.model.rope import apply_rope, rope_tables
 LayerFactory = Callable[[], nn.Module]
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divides by the root mean square over the last dim, in fp32 whatever the dtype."""
+    return functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The product silu(gate) * up."""
+    return functional.silu(gate) * up
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 whatever the dtype (Zhang & Sennrich 2019).
 
@@ -38,10 +48,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.eps = eps
+        self.normalise: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises (..., D) over its last dim."""
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.normalise(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -67,9 +78,12 @@ class Attention(nn.Module):
         # (B, S, H * Dh) -> (B, S, H, Dh); H is as wide as the projection at hand.
         return projected.view(*projected.shape[:-1], -1, self.head_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def tables(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Angles of the positions of x (B, S, D)."""
+        return rope_tables(x.size(1), self.head_dim, self.rope_base, x.device, self.rope_scaling)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """Maps (B, S, D) to (B, S, D)."""
-        tables = rope_tables(x.size(1), self.head_dim, self.rope_base, x.device, self.rope_scaling)
         query = apply_rope(self._heads(self.q_proj(x)), tables).transpose(1, 2)
         key = apply_rope(self._heads(self.k_proj(x)), tables).transpose(1, 2)
         value = self._heads(self.v_proj(x)).transpose(1, 2)
@@ -93,11 +107,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(dims.hidden_size, dims.ffn_hidden_size, bias=False)
         self.up_proj = nn.Linear(dims.hidden_size, dims.ffn_hidden_size, bias=False)
         self.down_proj = nn.Linear(dims.ffn_hidden_size, dims.hidden_size, bias=False)
+        self.gate: Callable[[Tensor, Tensor], Tensor] = swiglu
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, S, D) to (B, S, D)."""
-        gated = functional.silu(self.gate_proj(x)) * self.up_proj(x)
-        return cast(Tensor, self.down_proj(gated))
+        return cast(Tensor, self.down_proj(self.gate(self.gate_proj(x), self.up_proj(x))))
 
 
 class Block(nn.Module):
@@ -117,7 +131,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, S, D) to (B, S, D)."""
-        x = x + self.attention(self.input_norm(x))
+        return self.compute(x, self.attention.tables(x))
+
+    def compute(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """The same with the positions' angles given: the part that may be compiled."""
+        x = x + self.attention(self.input_norm(x), tables)
         return cast(Tensor, x + self.mlp(self.post_attention_norm(x)))
 
 

@@ -8,6 +8,7 @@ from megatron_mer.parallel.topology import (
     Coordinate,
     Layout,
     num_micro_batches,
+    pipeline_bubble,
     split_stages,
     stage_bounds,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "cut_of",
     "enter_region",
     "num_micro_batches",
+    "pipeline_bubble",
     "reduce_from_region",
     "slice_bounds",
     "split_stages",

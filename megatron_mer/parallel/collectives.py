@@ -66,7 +66,7 @@ def enter_region(x: Tensor, group: TensorParallelGroup) -> Tensor:
 
     With one rank it is x itself.
     """
-    return x if group.size == 1 else cast(Tensor, _Enter.apply(x, group))  # type: ignore[no-untyped-call]
+    return x if group.size == 1 else _entered(x, group)
 
 
 def reduce_from_region(x: Tensor, group: TensorParallelGroup) -> Tensor:
@@ -75,4 +75,15 @@ def reduce_from_region(x: Tensor, group: TensorParallelGroup) -> Tensor:
     In bf16 the sum of partial results is rounded once more than in one process. With one rank it is
     x itself.
     """
-    return x if group.size == 1 else cast(Tensor, _Reduce.apply(x, group))  # type: ignore[no-untyped-call]
+    return x if group.size == 1 else _reduced(x, group)
+
+
+# A compiled block is cut at its communication.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _entered(x: Tensor, group: TensorParallelGroup) -> Tensor:
+    return cast(Tensor, _Enter.apply(x, group))  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _reduced(x: Tensor, group: TensorParallelGroup) -> Tensor:
+    return cast(Tensor, _Reduce.apply(x, group))  # type: ignore[no-untyped-call]

@@ -102,6 +102,15 @@ def num_micro_batches(config: RunConfig, dp_size: int) -> int:
     return config.batch.global_batch_size // (config.batch.micro_batch_size * dp_size)
 
 
+def pipeline_bubble(pp_size: int, micro_batches: int) -> float:
+    """Share of a step for which each stage of a pipeline waits: (pp - 1) / (m + pp - 1).
+
+    m micro batches pass a stage in m of m + pp - 1 slots (Huang et al. 2019, arXiv 1811.06965;
+    1F1B has the same, Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
+    """
+    return (pp_size - 1) / (micro_batches + pp_size - 1)
+
+
 def stage_bounds(costs: Sequence[float], pp_size: int) -> list[int]:
     """Cut a Llama's layers into stages that each hold a block at least.
 

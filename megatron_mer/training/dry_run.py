@@ -21,6 +21,7 @@ from megatron_mer.data.indexed_dataset import IndexedDataset
 from megatron_mer.data.tokenizers import Tokenizer
 from megatron_mer.errors import CheckpointError, ConfigError
 from megatron_mer.optim.schedule import horizon
+from megatron_mer.training.advice import bubble_advice
 from megatron_mer.training.learning_rate import lr_of
 from megatron_mer.training.outputs import RunDirectory
 from megatron_mer.training.preflight import Prepared
@@ -191,7 +192,9 @@ def _layout(prepared: Prepared, world_size: int, width: int, fewest: bool) -> st
         cells.append([ranks, f"{stage} of {pp_size}", _range(own.start, own.stop)])
     hidden = world_size - SHOWN_RANKS * tp_size
     more = f"\n… {hidden:,} more ranks in the same order" if hidden > 0 else ""
-    return f"{wrap(head, width)}\n{table(cells, width)}{more}"
+    advice = bubble_advice(prepared.config, world_size)
+    said = f"\n{wrap(advice, width)}" if advice else ""
+    return f"{wrap(head, width)}\n{table(cells, width)}{more}{said}"
 
 
 def _some(number: int, noun: str, plural: str = "s") -> str:

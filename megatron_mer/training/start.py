@@ -28,6 +28,7 @@ from megatron_mer.errors import CheckpointError, ConfigError, MegatronMerError, 
 from megatron_mer.log import get_logger, setup_logging
 from megatron_mer.optim.schedule import end_of_schedule, horizon, lr_at
 from megatron_mer.parallel import Layout
+from megatron_mer.training.advice import bubble_advice
 from megatron_mer.training.bring_back import bring_back
 from megatron_mer.training.buffer_folder import set_aside
 from megatron_mer.training.copies import refuse_fresh
@@ -305,6 +306,8 @@ def _record_start(
     accept: Collection[str],
 ) -> None:
     _warn_of_slow_bf16(prepared.config)
+    if advice := bubble_advice(prepared.config, world_size):
+        logger.warning("%s", advice)
     outputs.cut_to(state.batches, evaluated=not state.evaluation_due)
     _describe_run(prepared, outputs, world_size)
     if info is None:

@@ -76,6 +76,34 @@ def test_moves_the_share_epsilon_from_the_anchor(epsilon):
     assert update.delta_cosine is None
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True}])
+def test_an_anchor_in_the_hosts_memory_changes_no_bit(options):
+    weights = {place: PlainMasters(random_weights()) for place in ("device", "host")}
+    said, anchors = [], []
+    for place, masters in weights.items():
+        reptile = Reptile(config(k=2, anchor=place, **options), masters)
+        said.append(train(masters, reptile, 6))
+        with reptile.at_anchor():
+            anchors.append([shard.tensor.clone() for shard in masters.shards])
+    assert said[0] == said[1]
+    assert said[0][5] is not None
+    for mine, other in zip(*(m.shards for m in weights.values()), strict=True):
+        assert torch.equal(mine.tensor, other.tensor)
+    assert all(torch.equal(a, b) for a, b in zip(*anchors, strict=True))
+
+
+def test_many_chunks_move_as_one(monkeypatch):
+    small, large = (PlainMasters(random_weights(sizes=(1000, 7))) for _ in range(2))
+    wanted = train(large, Reptile(config(k=2), large), 4)
+    monkeypatch.setattr("megatron_mer.continual.reptile.CPU_CHUNK", 64)
+    given = train(small, Reptile(config(k=2), small), 4)
+    for mine, other in zip(small.shards, large.shards, strict=True):
+        assert torch.equal(mine.tensor, other.tensor)
+    for mine, other in zip(given[1::2], wanted[1::2], strict=True):
+        assert mine.delta_norm == pytest.approx(other.delta_norm, rel=1e-6)
+    assert given[3].delta_cosine == pytest.approx(wanted[3].delta_cosine, rel=1e-5)
+
+
 def test_epsilon_one_changes_no_bit():
     with_it, without = random_weights(), random_weights()
     masters, plain = PlainMasters(with_it), PlainMasters(without)

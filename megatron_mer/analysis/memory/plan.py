@@ -24,7 +24,7 @@ from megatron_mer.parallel.topology import Layout, num_micro_batches
 # As in engine/deepspeed_config.py and continual/reptile.py, which need torch.
 LARGEST_BUCKET = 200_000_000
 REPTILE_CHUNK = 1 << 22
-FP64 = 8
+REPTILE_CPU_CHUNK = 1 << 18
 # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: elements after which a list of gradients is reduced.
 REDUCED_TOGETHER = 500_000_000
 
@@ -262,7 +262,7 @@ class _Model:
         return {"gradients": gradients, "DeepSpeed's buckets": copies, **self._last_logits()}
 
     def reptile(self) -> dict[str, int]:
-        """`Reptile._move`: a delta, two fp64 copies of it; tied weights whole."""
+        """`Reptile._move`: a delta and the last one in fp32; tied weights whole."""
         shape = self.shape
         matrices = [shape.hidden * max(shape.query_width, shape.ffn)]
         ends = self.stage.first or self.stage.last
@@ -270,8 +270,9 @@ class _Model:
             matrices.append(shape.vocab_matrix)
         copied = self.config.model.tie_embeddings and self.piped and ends
         delta = min(shape.vocab_matrix, self.owned) * FP32 if copied else 0
-        chunk = min(REPTILE_CHUNK, max(matrices), self.owned)
-        return {"Reptile update": delta + chunk * (FP32 + 2 * FP64), **self._last_logits()}
+        largest = REPTILE_CHUNK if shape.device == "cuda" else REPTILE_CPU_CHUNK
+        chunk = min(largest, max(matrices), self.owned)
+        return {"Reptile update": delta + 2 * FP32 * chunk, **self._last_logits()}
 
     def snapshot(self) -> int:
         """`checkpoint/snapshot.py`: a copy of masters, moments and Reptile's state."""

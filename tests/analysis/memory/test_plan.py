@@ -86,4 +86,5 @@ def test_the_constants_are_those_of_the_engine():
     from megatron_mer.engine import deepspeed_config
 
     assert module.REPTILE_CHUNK == reptile.CHUNK
+    assert module.REPTILE_CPU_CHUNK == reptile.CPU_CHUNK
     assert module.LARGEST_BUCKET == deepspeed_config._LARGEST_BUCKET
