@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.parts.measure import ROOT, Sample
-from benchmarks.parts.step_programs import Case
+from benchmarks.parts.step_case import Case
 from megatron_mer.testing.ranks import free_port
 
 PROGRAM = Path(__file__).with_name("step_programs.py")

@@ -36,6 +36,8 @@ def deepspeed_config(config: RunConfig, dp_size: int, local_parameters: int) -> 
             "allgather_bucket_size": bucket,
         },
         "data_types": {"grad_accum_dtype": "fp32"},
+        # Its throughput timer waits for the GPU before every micro batch.
+        "timers": {"throughput": {"enabled": False}},
         "pipeline": {
             "use_reentrant": False,
             "activation_checkpoint_interval": int(

@@ -204,13 +204,18 @@ class TrainingEngine:
 
         On a CPU the tensors share the loader's memory, which nothing writes to any more.
         """
-        unmasked = torch.tensor([float(num_unmasked)], device=self._device)
+        unmasked = torch.full((1,), float(num_unmasked), device=self._device)
         for micro in micro_batches:
-            inputs, targets, mask = (
-                torch.from_numpy(array).to(self._device)
-                for array in (micro.inputs, micro.targets, micro.mask)
-            )
+            inputs, targets, mask = map(self._on_device, (micro.inputs, micro.targets, micro.mask))
             yield inputs, (targets, mask, unmasked)
+
+    def _on_device(self, array: NDArray[Any]) -> Tensor:
+        """An array on this rank's device; its copy runs while the GPU computes what is queued."""
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":
+            # Pinned memory comes from a cache, which reuses it once the copy has happened.
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
     def fragments(self, extra: Mapping[str, Sequence[Tensor]]) -> Iterator[Fragment]:
         """Everything of the model that this rank owns, for a checkpoint.

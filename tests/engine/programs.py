@@ -42,6 +42,27 @@ def build(arguments, world_size):
     return engine, Reptile(config.reptile, engine.masters), loader
 
 
+def host_reads(arguments, world_size):
+    """How often a step asks for a tensor's value, by micro batches: on a GPU each is a wait."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    engine, _, loader = build(arguments, world_size)
+    counts = []
+    for _ in range(2):
+        with Reads() as reads:
+            engine.train_step(next(loader), 1.0e-3)
+        counts.append(reads.count)
+    loader.close()
+    return {"micro_batches": engine.num_micro_batches, "reads": counts[1]}
+
+
 def snapshot(engine):
     """(masters by name, module weights by name), copied."""
     masters = {s.name: s.tensor.clone() for s in engine.masters.shards}

@@ -46,6 +46,13 @@ def test_a_step_of_rate_zero_leaves_the_weights_where_reptile_put_them(tiny, ran
         assert said["weights_moved_by_reptile"] > 1e-4
 
 
+def test_a_micro_batch_waits_for_no_value_of_a_tensor(tiny):
+    """Reads of values belong to the end of a step: their number knows nothing of micro batches."""
+    many, few = (run(tiny, "host_reads", 1, f"--batch.micro_batch_size={rows}") for rows in (1, 4))
+    assert (many[0]["micro_batches"], few[0]["micro_batches"]) == (8, 2)
+    assert many[0]["reads"] == few[0]["reads"] > 0
+
+
 def test_masters_start_from_fp32_and_each_weight_counts_once(tiny):
     said = run(tiny, "fp32_start", 4, "--precision=bf16", PP2, "--parallel.tp_size=2")
     assert all(rank["exact"] == 0.0 for rank in said)
