@@ -86,8 +86,8 @@ def use_liger(modules: Iterable[nn.Module]) -> str | None:
 
 def _liger_norm(function: Any) -> Callable[[Tensor, Tensor, float], Tensor]:
     def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # No offset of the weight; as Llama casts; not in place, for the input is the residual too.
-        result: Tensor = function.apply(x, weight, eps, 0.0, "llama", False)
+        # No offset of the weight; all in fp32 ("gemma"); not in place: the input is the residual too.
+        result: Tensor = function.apply(x, weight, eps, 0.0, "gemma", False)
         return result
 
     return normalise

@@ -56,7 +56,7 @@ def test_what_liger_kernel_would_compute_takes_the_place_of_every_norm_and_gate(
     class Norm:
         @staticmethod
         def apply(x, weight, eps, offset, casting, in_place):
-            assert (offset, casting, in_place) == (0.0, "llama", False)
+            assert (offset, casting, in_place) == (0.0, "gemma", False)
             calls.append("norm")
             return functional.rms_norm(x, weight.shape, weight, eps)
 
