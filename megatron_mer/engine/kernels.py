@@ -86,7 +86,7 @@ def use_liger(modules: Iterable[nn.Module]) -> str | None:
 
 def _liger_norm(function: Any) -> Callable[[Tensor, Tensor, float], Tensor]:
     def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # No offset of the weight; all in fp32 ("gemma"); not in place: the input is the residual too.
+        # No offset; all in fp32 ("gemma"); not in place, for the input is the residual too.
         result: Tensor = function.apply(x, weight, eps, 0.0, "gemma", False)
         return result
 

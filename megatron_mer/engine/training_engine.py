@@ -206,8 +206,8 @@ class TrainingEngine:
         """
         unmasked = torch.full((1,), float(num_unmasked), device=self._device)
         for micro in micro_batches:
-            inputs, targets, mask = map(self._on_device, (micro.inputs, micro.targets, micro.mask))
-            yield inputs, (targets, mask, unmasked)
+            labels = self._on_device(micro.targets), self._on_device(micro.mask), unmasked
+            yield self._on_device(micro.inputs), labels
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         """An array on this rank's device; its copy runs while the GPU computes what is queued."""
