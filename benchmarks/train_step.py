@@ -55,21 +55,26 @@ class Benchmark:
     Args:
         repetitions: steps that count, of each program.
         toy: rehearse with the smallest model, to see that all of it runs.
+        sizes: of the parts that measure several.
         compiled: also measure compiled programs.
         log: file for what the programs print.
     """
 
-    def __init__(self, repetitions: int, toy: bool, compiled: bool, log: Path) -> None:
+    def __init__(
+        self, repetitions: int, toy: bool, sizes: list[str], compiled: bool, log: Path
+    ) -> None:
         self.repetitions = repetitions
         self.compiled = compiled
         self.log = log
         self.quick = replace(TOY if toy else QUICK_START, threads=torch.get_num_threads())
-        self.large = None if toy else replace(M99, threads=torch.get_num_threads())
+        large = replace(M99, threads=torch.get_num_threads())
+        known = {"quick": ("quick start", self.quick), "99m": ("99M, 32k vocabulary", large)}
+        self._sizes = [known["quick"]] if toy else [known[size] for size in sizes]
         self.found: dict[str, Any] = {}
 
     def step(self) -> Iterator[str]:
         """Ours beside the plain loops."""
-        for name, case in self._sizes():
+        for name, case in self._sizes:
             repetitions = self.repetitions if case == self.quick else max(3, self.repetitions // 4)
             turns = take_turns(self._programs(case), repetitions, self.log)
             self.found[f"step: {name}"] = turns
@@ -84,11 +89,6 @@ class Benchmark:
                 f"{best[1]}: {number(best[0])} times the better plain loop ({better}) / at least "
                 f"{WANTED}{'' if best[0] >= WANTED else ' **missed**'}"
             )
-
-    def _sizes(self) -> Iterator[tuple[str, Case]]:
-        yield "quick start", self.quick
-        if self.large is not None:
-            yield "99M, 32k vocabulary", self.large
 
     def _programs(self, case: Case) -> dict[str, tuple[Case, int]]:
         programs = {
@@ -135,7 +135,7 @@ class Benchmark:
 
     def profile(self) -> Iterator[str]:
         """Where the time goes."""
-        for name, case in self._sizes():
+        for name, case in self._sizes:
             [parts] = ask_once(case, 1, "profile", self.log)
             self.found[f"profile: {name}"] = parts
             whole = parts["step"]
@@ -149,7 +149,7 @@ class Benchmark:
     def reptile(self) -> Iterator[str]:
         """An update beside a copy."""
         lines = []
-        for name, case in self._sizes():
+        for name, case in self._sizes:
             [one] = ask_once(case, 1, "reptile", self.log)
             self.found[f"reptile: {name}"] = one
             least = one["copy"] + one["publish"]
@@ -229,6 +229,7 @@ def _layout_table(turns: Turns, case: Case) -> str:
     return markdown(["layout", "tokens/s", "by one process", "peak GiB, all ranks"], lines)
 
 
+SIZES = ("quick", "99m")
 PARTS = ("step", "layouts", "profile", "reptile", "rest", "bf16")
 
 
@@ -238,6 +239,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="default: both")
     parser.add_argument("--repetitions", type=int, default=20, help="steps of each; default 20")
     parser.add_argument("--no-compile", action="store_true", help="leave compiled programs out")
     parser.add_argument("--toy", action="store_true", help="rehearse with the smallest model")
@@ -247,7 +249,9 @@ def main() -> int:
     machine = Machine(command)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "programs.log"
-        bench = Benchmark(options.repetitions, options.toy, not options.no_compile, log)
+        bench = Benchmark(
+            options.repetitions, options.toy, options.sizes, not options.no_compile, log
+        )
         texts = []
         for part in options.only:
             texts.append(f"\n### {part}\n")

@@ -29,7 +29,7 @@ from megatron_mer.errors import CheckpointError
 # Elements worked on at a time: temporaries stay at 16 MiB whatever the model's size.
 CHUNK = 1 << 22
 # On a CPU so few that temporaries stay in the processor's caches.
-CPU_CHUNK = 1 << 18
+CPU_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)

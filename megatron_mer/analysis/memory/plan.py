@@ -24,7 +24,7 @@ from megatron_mer.parallel.topology import Layout, num_micro_batches
 # As in engine/deepspeed_config.py and continual/reptile.py, which need torch.
 LARGEST_BUCKET = 200_000_000
 REPTILE_CHUNK = 1 << 22
-REPTILE_CPU_CHUNK = 1 << 18
+REPTILE_CPU_CHUNK = 1 << 16
 # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: elements after which a list of gradients is reduced.
 REDUCED_TOGETHER = 500_000_000
 
