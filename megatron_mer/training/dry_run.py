@@ -81,6 +81,8 @@ def describe_start(
     yield wrap(f"{prepared.config.name}: a dry run; nothing is trained or written", width)
     yield summary_text(summarise(start.prepared.plan), width)
     yield _layout(prepared, world_size, width, fewest)
+    if advice := bubble_advice(prepared.config, world_size):
+        yield wrap(advice, width)
     trains = start.state.batches < start.prepared.plan.total_batches
     if trains:
         yield _learning_rate(start, width)
@@ -192,9 +194,7 @@ def _layout(prepared: Prepared, world_size: int, width: int, fewest: bool) -> st
         cells.append([ranks, f"{stage} of {pp_size}", _range(own.start, own.stop)])
     hidden = world_size - SHOWN_RANKS * tp_size
     more = f"\n… {hidden:,} more ranks in the same order" if hidden > 0 else ""
-    advice = bubble_advice(prepared.config, world_size)
-    said = f"\n{wrap(advice, width)}" if advice else ""
-    return f"{wrap(head, width)}\n{table(cells, width)}{more}{said}"
+    return f"{wrap(head, width)}\n{table(cells, width)}{more}"
 
 
 def _some(number: int, noun: str, plural: str = "s") -> str:

@@ -121,6 +121,8 @@ def test_the_layout_is_the_one_that_ranks_get(tiny, tp_size, pp_size, ranks):
     prepared = prepare(config, ranks)
     said = list(describe_start(prepared, ranks, False, (), 100))
     lines = next(text for text in said if text.startswith(f"{ranks} ranks: ")).splitlines()
+    # 8 micro batches: four stages wait for 3 of 11 slots.
+    assert any("waits for 27% of a step" in text for text in said) == (pp_size == 4)
     layout = Layout.of(config.parallel, ranks)
     shown = {}
     for line in lines[-ranks // tp_size :]:
