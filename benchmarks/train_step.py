@@ -206,12 +206,14 @@ def _step_table(turns: Turns, case: Case, better: str) -> str:
             name,
             str(turns.sample(name).rate(tokens)),
             str(turns.ratio(name, better)),
+            str(Sample(tuple(turns.cpu[name])).scaled(1e3)),
             number(turns.peak_gib[name]),
             number(turns.first[name]),
         ]
         for name in turns.seconds
     ]
-    head = ["program", "tokens/s", f"by {better}, turn by turn", "peak GiB", "first step, s"]
+    head = ["program", "tokens/s", f"by {better}, turn by turn"]
+    head += ["processor time, ms a step", "peak GiB", "first step, s"]
     return markdown(head, lines)
 
 

@@ -295,8 +295,10 @@ def _parameters(program: Any) -> int:
 def _answer(program: Any, command: str) -> dict[str, Any]:
     if command == "step":
         losses: list[float] = []
+        begin = time.process_time()
         seconds = seconds_of(lambda: losses.append(program.step()))
-        return {"seconds": seconds, "loss": losses[0], "peak_gib": peak_gib()}
+        used = time.process_time() - begin
+        return {"seconds": seconds, "cpu": used, "loss": losses[0], "peak_gib": peak_gib()}
     work = {"profile": "profile", "reptile": "reptile_update", "rest": "rest"}[command]
     result: dict[str, Any] = getattr(program, work)()
     return result

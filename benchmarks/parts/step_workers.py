@@ -104,6 +104,8 @@ class Turns:
     """What each program's steps took, in turns."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds of processor time, all ranks: what other processes disturb least."""
     peak_gib: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
@@ -137,7 +139,8 @@ def take_turns(
         workers = {}
         for name, (case, ranks) in cases.items():
             workers[name] = stack.enter_context(Worker(case, ranks, log))
-            found.seconds[name], found.parameters[name] = [], workers[name].parameters
+            found.seconds[name], found.cpu[name] = [], []
+            found.parameters[name] = workers[name].parameters
         for turn in range(warm_up + repetitions):
             for name, worker in workers.items():
                 said = worker.ask("step")
@@ -146,6 +149,7 @@ def take_turns(
                     found.first[name] = seconds
                 if turn >= warm_up:
                     found.seconds[name].append(seconds)
+                    found.cpu[name].append(sum(one["cpu"] for one in said))
                 found.peak_gib[name] = sum(one["peak_gib"] for one in said)
                 found.loss[name] = said[0]["loss"]
     return found
