@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.parts.measure import Machine, headline, interleaved, markdown, number, timed
+from benchmarks.parts.measure import Machine, Sample, headline, interleaved, markdown, number, timed
 from benchmarks.parts.record import output_folder, record_section, write_json
 from benchmarks.parts.step_case import Case
 from benchmarks.parts.step_workers import Turns, ask_once, take_turns
