@@ -6,7 +6,7 @@ from __future__ import annotations
 # the weight, on a GPU what keeps its matrix products large.
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 # Below so many tokens summing up the weight's gradient costs more than the logits' caching saves.
-LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
+LEAST_TOKENS = {"cpu": 512, "cuda": 1024}
 
 
 def chunk_tokens(vocab_share: int, device_type: str) -> int:

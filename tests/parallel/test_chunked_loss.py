@@ -97,6 +97,6 @@ def test_second_backward_is_refused_not_wrong():
 
 def test_chunks_shrink_with_the_vocabulary_down_to_a_least():
     assert chunk_tokens(4096, "cpu") == 512
-    assert chunk_tokens(128_256, "cpu") == 256
+    assert chunk_tokens(128_256, "cpu") == 512
     assert chunk_tokens(128_256, "cuda") == 1046
     assert chunk_tokens(32_000, "cuda") == 4194
