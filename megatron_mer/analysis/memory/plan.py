@@ -84,7 +84,7 @@ def plan_memory(config: RunConfig, layout: Layout, device: Device) -> list[Stage
                     "reduction": model.reduction(),
                     **({"reptile": model.reptile()} if config.reptile else {}),
                 },
-                host={"checkpoint snapshot": model.snapshot()},
+                host={"checkpoint snapshot": model.snapshot(), **model.on_host()},
             )
         )
     return found
@@ -140,13 +140,23 @@ class _Model:
         }
         if not self.fp32:
             parts["gradient sums"] = self.weights * FP32
-        parts.update(self.reptile_state())
+        if not self.reptile_on_host:
+            parts.update(self.reptile_state())
         if self.piped:
             # One buffer for received activations and gradients (`_allocate_or_extend_buffers`).
             parts["pipeline buffer"] = self.shape.stream
         if self.stage.last:
             parts["kept output"] = self.kept_output() if self.micro_batches > 1 else 0
         return parts
+
+    @property
+    def reptile_on_host(self) -> bool:
+        """Whether Reptile's state lies in the host's memory."""
+        return self.config.reptile is not None and self.config.reptile.anchor == "host"
+
+    def on_host(self) -> dict[str, int]:
+        """What lies in the host's memory all the time."""
+        return self.reptile_state() if self.reptile_on_host else {}
 
     def reptile_state(self) -> dict[str, int]:
         """What `continual/reptile.py` keeps of each owned weight."""

@@ -43,6 +43,12 @@ def test_optimizer_and_reptile_are_shared_by_the_data_ranks_and_gradients_are_no
     assert eight.host_total == eight.always["fp32 masters"] * 4.5
 
 
+def test_an_anchor_on_the_host_leaves_the_gpu():
+    (_, [device]), (_, [host]) = planned(1), planned(1, "--reptile.anchor=host")
+    moved = device.always["Reptile anchor"] + device.always["Reptile last delta"]
+    assert device.peak - host.peak == host.host_total - device.host_total == moved
+
+
 def test_each_stage_holds_as_many_micro_batches_as_stages_are_behind_it():
     assert [s.stage.in_flight for s in planned(4, "--parallel.pp_size=4")[1]] == [4, 3, 2, 1]
     few = ("--parallel.pp_size=4", "--batch.global_batch_size=8")
