@@ -18,8 +18,8 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import Store
 
-from megatron_mer.engine.meeting import meet
 from megatron_mer.engine.host_memory import keep_freed_memory
+from megatron_mer.engine.meeting import meet
 from megatron_mer.errors import LaunchError
 from megatron_mer.parallel import Layout, TensorParallelGroup
 
@@ -75,9 +75,8 @@ def _take_device() -> str | None:
     """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        return None
         keep_freed_memory()
-        return
+        return None
     local_rank, visible = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
     if local_rank >= visible == 1:
         # The launcher shows each process its own device only.
