@@ -2,11 +2,16 @@
 """Continual pre-training of Llama models with meta-experience replay; see --help."""
 
 import os
+import signal
 import sys
 
-from megatron_mer.training.main import main
-
 if __name__ == "__main__":
+    # They ask a run that trains for something. Until it listens, which is after imports that take
+    # seconds, they must not end it.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    from megatron_mer.training.main import main
+
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

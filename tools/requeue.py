@@ -1,7 +1,8 @@
 """What a job of Slurm asks before and after training: is there anything to do, and once more?
 
     python tools/requeue.py begin OUTPUT_DIR --submission NAME
-    python tools/requeue.py end OUTPUT_DIR --exit-code 143
+    python tools/requeue.py end OUTPUT_DIR --submission NAME --exit-code 143
+    python tools/requeue.py leave-out OUTPUT_DIR --nodes n3 n7 --why TEXT
     python tools/requeue.py bad-nodes OUTPUT_DIR
 
 The scripts in examples/slurm call it. It reads status.json, keeps its counts in restarts.json and
@@ -25,12 +26,15 @@ from megatron_mer.launch.requeue import (
     BAD_NODES,
     Decision,
     decide_end,
+    decide_not_started,
     decide_refused,
     decide_start,
+    decide_taken_over,
     keep,
     live_twin,
     read_object,
     read_record,
+    write_object,
 )
 
 CODES = {"start": 0, "requeue": 0, "end": 3, "fail": 1}
@@ -47,15 +51,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     begin = commands.add_parser("begin", help="is there anything to train?")
     end = commands.add_parser("end", help="shall the job run again?")
     bad = commands.add_parser("bad-nodes", help="print the nodes to leave out, n3,n7")
-    for one in (begin, end, bad):
+    out = commands.add_parser("leave-out", help="note nodes that are to be left out")
+    for one in (begin, end, bad, out):
         one.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="the run's directory")
-    begin.add_argument(
-        "--submission", required=True, metavar="NAME", help="counts begin anew with another name"
-    )
+    for one in (begin, end):
+        one.add_argument(
+            "--submission",
+            required=True,
+            metavar="NAME",
+            help="counts begin anew with another name",
+        )
+    out.add_argument("--nodes", nargs="+", required=True, metavar="NODE")
+    out.add_argument("--why", required=True, metavar="TEXT", help="what is wrong with them")
     what = end.add_mutually_exclusive_group(required=True)
     what.add_argument("--exit-code", type=int, help="of the launcher, for the log")
     what.add_argument(
         "--refused", action="store_true", help="the program refused its configuration"
+    )
+    what.add_argument(
+        "--not-started", action="store_true", help="Slurm's warning came before any rank"
     )
     end.add_argument(
         "--max-restarts",
@@ -71,17 +85,22 @@ def begin(options: argparse.Namespace) -> Decision:
     """Decide whether to train; what an earlier submission found wrong with nodes is forgotten."""
     directory, submission = options.output_dir, options.submission
     record = read_record(directory)
-    if record.submission != submission:
+    decision = decide_start(read_object(directory / "status.json"), record, submission)
+    if decision.record.submission != record.submission:
         (directory / BAD_NODES).unlink(missing_ok=True)
-    return decide_start(read_object(directory / "status.json"), record, submission)
+    return decision
 
 
 def end(options: argparse.Namespace) -> Decision:
     """Decide whether to run again."""
     directory = options.output_dir
     record = read_record(directory)
+    if taken := decide_taken_over(record, options.submission):
+        return taken
     if options.refused:
         return decide_refused(record)
+    if options.not_started:
+        return decide_not_started(record)
     return decide_end(
         read_object(directory / "status.json"),
         record,
@@ -97,9 +116,21 @@ def work(options: argparse.Namespace) -> int:
     if options.command == "bad-nodes":
         print(",".join(sorted(read_object(options.output_dir / BAD_NODES))))
         return 0
+    if options.command == "leave-out":
+        path = options.output_dir / BAD_NODES
+        write_object(path, {**read_object(path), **dict.fromkeys(options.nodes, options.why)})
+        return 0
+    before = read_record(options.output_dir)
     decision = begin(options) if options.command == "begin" else end(options)
-    keep(decision, options.output_dir)
-    print(f"requeue.py: {decision.action}: {decision.reason}")
+    print(f"requeue.py: {decision.action}: {decision.reason}", flush=True)
+    if decision.record != before:
+        try:
+            keep(decision, options.output_dir)
+        except OSError as error:
+            # A full disk may have ended the training too. The next start fails if it still is.
+            if decision.action != "requeue":
+                raise
+            print(f"requeue.py: {error.filename}: {error.strerror}", file=sys.stderr)
     return CODES[decision.action]
 
 

@@ -19,9 +19,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
+import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 # The code that checks here is the code that is frozen.
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mer.command import run_tool
 from megatron_mer.config import RunConfig, load_config, to_yaml
+from megatron_mer.config.parse import suggest
 from megatron_mer.continual.history import KINDS
 from megatron_mer.errors import LaunchError, Problem
 from megatron_mer.launch.freeze import (
@@ -37,15 +39,17 @@ from megatron_mer.launch.freeze import (
     installed_packages,
     new_folder,
 )
-from megatron_mer.launch.sbatch import LAUNCHERS, Job, sbatch_text, seconds_of
+from megatron_mer.launch.requeue import live_twin
+from megatron_mer.launch.sbatch import LAUNCHERS, Job, own_options, sbatch_text, seconds_of
+from megatron_mer.launch.submit import known_jobs, pending_reason, submit
 from megatron_mer.training.preflight import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 DRY_FOLDER = "TIME"  # stands for the submission's folder where none is made
 
 
-def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Split the command line into the tool's own options and configuration overrides."""
+def parser_of_tool() -> argparse.ArgumentParser:
+    """The tool's own options."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -72,8 +76,20 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
         metavar="KIND[,KIND]",
         help=f"changes that a resumed run may take up: {', '.join(KINDS)}",
     )
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="another option of sbatch, such as gres=gpu:8 or mail-user=me@here; repeatable",
+    )
     add("--dry-run", action="store_true", help="print the sbatch file; write and submit nothing")
-    return parser.parse_known_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Split the command line into the tool's own options and configuration overrides."""
+    return parser_of_tool().parse_known_args(arguments)
 
 
 def option_problems(options: argparse.Namespace, overrides: list[str]) -> Iterator[Problem]:
@@ -92,9 +108,30 @@ def option_problems(options: argparse.Namespace, overrides: list[str]) -> Iterat
         yield Problem("--tasks-per-node", given, remedy="leave it out")
     if options.cpus_per_task is not None and options.cpus_per_task < 1:
         yield Problem("--cpus-per-task", f"given {options.cpus_per_task}", "at least 1")
+    taken = own_options()
+    for option in options.sbatch:
+        name = option.lstrip("-").partition("=")[0]
+        if not name or " " in option.strip():
+            yield Problem("--sbatch", f"given {option!r}", "NAME or NAME=VALUE")
+        elif name in taken:
+            remedy = "use this tool's own options"
+            yield Problem("--sbatch", f"given {option!r}, which this tool writes", remedy=remedy)
+    yield from misspelled(overrides)
     if "--fresh" in overrides:
         given = "given, but each restart of the job would begin anew"
         yield Problem("--fresh", given, remedy="move the old output_dir away, or choose another")
+
+
+def misspelled(overrides: list[str]) -> Iterator[Problem]:
+    """Options that are no keys of the configuration, but nearly one of this tool's."""
+    keys = {field.name for field in fields(RunConfig)}
+    own = [name for action in parser_of_tool()._actions for name in action.option_strings]
+    for word in overrides:
+        name = word.partition("=")[0]
+        if name.startswith("--") and "." not in name and name[2:] not in keys:
+            near = suggest(name, [*own, *(f"--{key}" for key in keys)])
+            if near:
+                yield Problem(name, "no such option", remedy=near)
 
 
 def checked(options: argparse.Namespace, overrides: list[str]) -> RunConfig:
@@ -132,6 +169,7 @@ def job_of(options: argparse.Namespace, config: RunConfig, folder: Path) -> Job:
         cpus_per_task=options.cpus_per_task,
         mem=options.mem,
         exclude=options.exclude,
+        options=[option.strip().lstrip("-") for option in options.sbatch],
         max_restarts=config.launch.max_restarts_without_step,
         chained=options.chain > 1,
         accept=[kind for text in options.accept for kind in text.split(",")],
@@ -157,42 +195,50 @@ def write(job: Job, config: RunConfig) -> Path:
     return script
 
 
-def submit(script: Path, jobs: int) -> list[str]:
-    """Submit jobs, each to begin when the one before has ended; returns their ids.
+def refuse_twins(output_dir: Path) -> None:
+    """Two runs of one output_dir take each other's checkpoints and counts.
 
     Raises:
-        LaunchError: sbatch is not there, or refuses.
+        LaunchError: another job has it, or a run in it is alive.
     """
-    ids: list[str] = []
-    for _ in range(jobs):
-        after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
-        command = ["sbatch", "--parsable", *after, str(script)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        except FileNotFoundError as error:
-            given = (
-                "there is no such command; submit from a machine of the cluster, or see --dry-run"
-            )
-            raise LaunchError([Problem("sbatch", given)]) from error
-        if done.returncode != 0:
-            submitted = f" (submitted before it: {', '.join(ids)})" if ids else ""
-            given = f"refused `{shlex.join(command)}`: {done.stderr.strip()}{submitted}"
-            raise LaunchError([Problem("sbatch", given, remedy="change what it names")])
-        ids.append(done.stdout.strip().partition(";")[0])
-        # Jobs look here for those that follow.
-        (script.parent / "jobs.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
-    return ids
+    if jobs := known_jobs(output_dir / "slurm"):
+        given = f"given {output_dir}, which jobs of Slurm have that are not over: {', '.join(jobs)}"
+        remedy = f"wait for them, or `scancel {' '.join(jobs)}`"
+        raise LaunchError([Problem("output_dir", given, remedy=remedy)])
+    if twin := live_twin(output_dir):
+        given = f"given {output_dir}, where {twin} is alive"
+        raise LaunchError([Problem("output_dir", given, remedy="end it, or choose another")])
+
+
+def submit_frozen(job: Job, config: RunConfig, jobs: int) -> list[str]:
+    """Freeze the run and submit it; a submission that is refused leaves nothing behind."""
+    try:
+        return submit(write(job, config), jobs)
+    except LaunchError:
+        if not (job.folder / "jobs.txt").exists():
+            shutil.rmtree(job.folder)
+            for folder in (job.folder.parent, job.output_dir):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+        raise
+
+
+def counted(number: int, what: str) -> str:
+    """`1 node`, `2 nodes`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def report(job: Job, ids: list[str]) -> str:
     """What was submitted, and how to watch and stop it."""
-    ranks = job.nodes * job.ranks_per_node
+    ranks = counted(job.nodes * job.ranks_per_node, "rank")
+    limit = f"{job.time} minutes" if job.time.isdigit() else job.time
     what = (
         f"job {ids[0]}" if len(ids) == 1 else f"{len(ids)} jobs in a chain, {ids[0]} to {ids[-1]}"
     )
+    each = " each" if len(ids) > 1 else ""
     out, log = shlex.quote(str(job.output_dir)), shlex.quote(f"{job.folder}/job.log")
     return f"""\
-submitted {what}: {ranks} ranks on {job.nodes} nodes, {job.time} each
+submitted {what}: {ranks} on {counted(job.nodes, "node")}, {limit}{each}
 code, configuration and environment are frozen in {job.folder}
   squeue --jobs {",".join(ids)}
   tail -F {log}
@@ -204,12 +250,21 @@ code, configuration and environment are frozen in {job.folder}
 def work(options: argparse.Namespace, overrides: list[str]) -> None:
     """Check, write and submit."""
     config = checked(options, overrides)
-    parent = Path(config.output_dir).absolute() / "slurm"
+    output_dir = Path(config.output_dir).absolute()
+    by_hand = any(option.lstrip("-").startswith("cpus-per") for option in options.sbatch)
+    if options.gpus_per_node and options.cpus_per_task is None and not by_hand:
+        text = "without it many clusters give each rank one core: cores of a node / GPUs of a node"
+        sys.stderr.write(f"warning: --cpus-per-task is not given; {text}\n")
+    parent = output_dir / "slurm"
     if options.dry_run:
         print(sbatch_text(job_of(options, config, parent / DRY_FOLDER)), end="")
         return
+    refuse_twins(output_dir)
     job = job_of(options, config, new_folder(parent))
-    print(report(job, submit(write(job, config), options.chain)))
+    ids = submit_frozen(job, config, options.chain)
+    print(report(job, ids))
+    if reason := pending_reason(ids[0]):
+        print(f"it waits: {reason} (squeue's reason)")
 
 
 def main(arguments: list[str] | None = None) -> int:

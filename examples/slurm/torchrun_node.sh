@@ -4,15 +4,17 @@
 set -eu
 
 master=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
-trap '' USR1
-torchrun --nnodes "$SLURM_STEP_NUM_NODES" --node-rank "$SLURM_NODEID" --max-restarts 0 \
-    --master-addr "$master" --master-port "$((10000 + SLURM_JOB_ID % 20000))" "$@" &
-trap 'pkill -USR1 --parent "$!"' USR1
+warned=0
+trap 'warned=1' USR1
+(
+    trap '' USR1
+    exec torchrun --nnodes "$SLURM_STEP_NUM_NODES" --node-rank "$SLURM_NODEID" --max-restarts 0 \
+        --master-addr "$master" --master-port "$((10000 + SLURM_JOB_ID % 20000))" "$@"
+) &
 
-code=0
-wait "$!" || code=$?
 while kill -0 "$!" 2>/dev/null; do
-    code=0
-    wait "$!" || code=$?
+    # There may be no ranks yet.
+    if [ "$warned" = 1 ] && pkill -USR1 --parent "$!"; then warned=0; fi
+    sleep 1 || true # a signal to the step ends it too
 done
-exit "$code"
+wait "$!"

@@ -9,7 +9,17 @@
 #   SUBMISSION=...   a name that stays over all restarts and jobs of a chain; default: the job's id
 #   CHAIN=...        a file with the ids of a chain's jobs: the next one goes on where this one ends; default: requeue
 #   MAX_RESTARTS=... restarts in a row that may gain no step; default: 3
+#   PYTHON=(...)     what runs Python, such as (apptainer exec --nv image.sif python); default: python
 #   train_until_done COMMAND...     the command starts the ranks in a step of its own, by srun
+
+[[ $(declare -p PYTHON 2>/dev/null) == "declare -a"* ]] || PYTHON=(python)
+
+# What the shell that submitted had set, and srun would take for its own options. Its environment is the job's.
+export SLURM_EXPORT_ENV=ALL
+unset "${!SLURM_CPU_BIND@}"
+memory=("${!SLURM_MEM_PER_@}")
+# The job's own is one of them. Of several srun takes none, and without any it takes what the job has.
+[ "${#memory[@]}" -lt 2 ] || unset "${memory[@]}"
 
 say() { echo "$(date '+%Y-%m-%d %H:%M:%S') job $SLURM_JOB_ID on $(hostname): $*"; }
 
@@ -17,11 +27,24 @@ say() { echo "$(date '+%Y-%m-%d %H:%M:%S') job $SLURM_JOB_ID on $(hostname): $*"
 refused() {
     # Here, as launchers hide the program's exit code 2. A dry run takes a second and imports no torch.
     local code=0
-    python "$CODE/pretrain_llama_mer.py" "${ARGUMENTS[@]}" --dry-run --ranks "$RANKS" >/dev/null || code=$?
+    "${PYTHON[@]}" "$CODE/pretrain_llama_mer.py" "${ARGUMENTS[@]}" --dry-run --ranks "$RANKS" >/dev/null || code=$?
     [ "$code" = 2 ]
 }
 
-ask() { python "$CODE/tools/requeue.py" "$@"; }
+ask() {
+    local question=$1
+    shift
+    "${PYTHON[@]}" "$CODE/tools/requeue.py" "$question" "$OUTPUT_DIR" "$@"
+}
+
+patiently() {
+    # A controller that is busy, or just being replaced, answers later.
+    for _ in 1 2 3 4 5 6 7 8 9; do
+        "$@" && return 0
+        sleep 30
+    done
+    "$@"
+}
 
 job_end_time() {
     # Not every Slurm tells a job when it ends (22.05 does not). Empty where there is no limit.
@@ -34,31 +57,50 @@ time_is_up() { [ -n "$SLURM_JOB_END_TIME" ] && [ "$(date +%s)" -ge "$SLURM_JOB_E
 
 hand_on_warning() {
     # Not to a process that is known here: whatever started the ranks, they are the job's steps.
-    say "Slurm's warning: the ranks are asked for a checkpoint"
-    scancel --signal=USR1 "$SLURM_JOB_ID"
+    squeue --noheader --steps --jobs "$SLURM_JOB_ID" --format %i 2>/dev/null | grep -qE '\.[0-9]+$' || return 0
+    scancel --signal=USR1 "$SLURM_JOB_ID" || { say "Slurm's warning could not be handed on: once more in 5 s"; return 0; }
+    [ "$warned" != 1 ] || say "Slurm's warning: the ranks are asked for a checkpoint"
+    warned=2
+}
+
+run_ranks() {
+    # Traps only note what came, as a command that fails in one would end the script. The warning is handed on again and
+    # again: a rank that still loads does not hear it.
+    local seconds=0
+    "$@" &
+    while kill -0 "$!" 2>/dev/null; do
+        if [ "$warned" != 0 ]; then
+            [ "$((seconds % 5))" != 0 ] || hand_on_warning
+            seconds=$((seconds + 1))
+        fi
+        sleep 1
+    done
+    wait "$!"
 }
 
 train_until_done() {
-    local code=0
+    local code=0 started=1 submission=${SUBMISSION:-$SLURM_JOB_ID}
     terminated=0
-    trap hand_on_warning USR1
+    warned=0
+    trap 'warned=1' USR1
     trap 'terminated=1' TERM
-    ask begin "$OUTPUT_DIR" --submission "${SUBMISSION:-$SLURM_JOB_ID}" || end_job "$?" 0
+    ask begin --submission "$submission" || end_job "$?" 0
     say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST"
     if refused; then
-        ask end "$OUTPUT_DIR" --refused || end_job "$?" 2
+        ask end --submission "$submission" --refused || end_job "$?" 2
     fi
     # The ranks read it: they write their last checkpoint in time without a signal, too.
     export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(job_end_time)}
-    "$@" &
-    # A signal ends `wait`, not the command.
-    wait "$!" || code=$?
-    while kill -0 "$!" 2>/dev/null; do
-        code=0
-        wait "$!" || code=$?
-    done
+    if ! nodes_are_fit; then
+        code=1
+    elif [ "$warned" = 1 ]; then
+        say "Slurm's warning came while the job began: no rank is started"
+        started=0
+    else
+        run_ranks "$@" || code=$?
+        say "training ended with exit code $code"
+    fi
     trap '' USR1
-    say "training ended with exit code $code"
     if [ "$terminated" = 1 ] && ! time_is_up; then
         say "ended from outside: after pre-emption or a node's failure Slurm requeues the job itself, after scancel nobody does"
         exit 143
@@ -67,17 +109,39 @@ train_until_done() {
         say "Slurm has begun this job anew elsewhere, or does not answer: nothing is decided here"
         exit 1
     fi
-    ask end "$OUTPUT_DIR" --exit-code "$code" --max-restarts "${MAX_RESTARTS:-3}" || end_job "$?" "$code"
+    if [ "$started" = 0 ]; then
+        ask end --submission "$submission" --not-started || end_job "$?" 1
+    else
+        ask end --submission "$submission" --exit-code "$code" --max-restarts "${MAX_RESTARTS:-3}" || end_job "$?" "$code"
+    fi
     run_again
+}
+
+nodes_are_fit() {
+    # A node that lacks the shared file system fails without a word: it is found here, and left out of the next start.
+    local fit node unfit=()
+    [ "$SLURM_JOB_NUM_NODES" -gt 1 ] || return 0
+    # shellcheck disable=SC2016
+    fit=$(timeout -k 10 120 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 --kill-on-bad-exit=0 \
+        bash -c 'test -r "$0/pretrain_llama_mer.py" && trial=$(mktemp "$1/.node_XXXXXX") && rm "$trial" && echo "$SLURMD_NODENAME"' \
+        "$CODE" "$OUTPUT_DIR" </dev/null) || true
+    if [ -z "$fit" ]; then
+        say "nodes could not be checked"
+        return 0
+    fi
+    while read -r node; do
+        grep -qxF "$node" <<<"$fit" || unfit+=("$node")
+    done < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    [ "${#unfit[@]}" != 0 ] || return 0
+    say "no rank is started: ${unfit[*]} cannot read $CODE or write into $OUTPUT_DIR, as this node can"
+    ask leave-out --nodes "${unfit[@]}" --why "cannot read the code or write into output_dir"
+    return 1
 }
 
 still_ours() {
     # A node that was cut off comes here too, when Slurm has long begun the job elsewhere.
-    local known=""
-    for _ in 1 2 3 4 5 6 7 8 9 10; do
-        known=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null) && break
-        sleep 30
-    done
+    local known
+    known=$(patiently scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null) || return 1
     [[ $known == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
 }
 
@@ -89,7 +153,7 @@ end_job() {
 
 run_again() {
     local bad
-    bad=$(ask bad-nodes "$OUTPUT_DIR")
+    bad=$(ask bad-nodes) || bad=""
     if [ -n "${CHAIN:-}" ]; then
         say "the next job of the chain goes on; after the last one submit again"
         [ -z "$bad" ] || while read -r job; do exclude "$job" "$bad" || true; done <"$CHAIN"
@@ -97,7 +161,10 @@ run_again() {
     fi
     # From here on Slurm ends this script with TERM, and all that it starts.
     trap '' TERM
-    scontrol requeue "$SLURM_JOB_ID"
+    if ! patiently scontrol requeue "$SLURM_JOB_ID"; then
+        say "Slurm refuses to requeue: submit again, or use --chain"
+        exit 1
+    fi
     # Only a job that waits can be told which nodes to leave out.
     [ -z "$bad" ] || for _ in 1 2 3 4 5; do
         exclude "$SLURM_JOB_ID" "$bad" && break

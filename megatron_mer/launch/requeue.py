@@ -7,6 +7,7 @@ is kept in `restarts.json`, so that a run that fails over and over ends.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,8 @@ BAD_NODES: Final = "bad_nodes.json"
 MAX_WAITS: Final = 30
 """Restarts in a row that gained no step by nobody's fault: more than an hour at Slurm's usual two
 minutes each."""
+
+_STAMP: Final = re.compile(r"(\d{8}T\d{6}Z)(?:_(\d+))?")  # see `freeze.new_folder`
 
 Action = Literal["start", "requeue", "end", "fail"]
 
@@ -60,6 +63,8 @@ def decide_start(status: Mapping[str, Any], record: Record, submission: str) -> 
         record: of the last job.
         submission: the name of this job's submission.
     """
+    if later(record.submission, submission):
+        return Decision("end", _taken_over(record), record)
     if record.submission != submission:
         # Whoever submits a run anew wants it to go on, also one that was stopped, or that is done
         # and got a longer stream.
@@ -74,6 +79,18 @@ def decide_start(status: Mapping[str, Any], record: Record, submission: str) -> 
 def decide_refused(record: Record) -> Decision:
     """What follows where the program refuses its configuration or data before any rank starts."""
     return _over("fail", "the run is refused, see above", record)
+
+
+def decide_not_started(record: Record) -> Decision:
+    """What follows where Slurm's warning came before any rank was started."""
+    return _wait("warned before any rank was started", record, 0)
+
+
+def decide_taken_over(record: Record, submission: str) -> Decision | None:
+    """What follows for a job whose run another submission has begun meanwhile; None: none has."""
+    if record.submission in ("", submission):
+        return None
+    return Decision("end", _taken_over(record), record)
 
 
 def decide_end(
@@ -99,10 +116,11 @@ def decide_end(
     state, step = status.get("status"), _step(status)
     gained = step - record.step
     if state in ("done", "stopped") and not twin:
-        return _over("end", _said(status), record)
+        return _over("end", _said(status), replace(record, step=step))
     if twin:
+        # What it gains is not this job's.
         what = f"{twin} still trains in this directory"
-        return _wait(what, replace(record, step=step), gained)
+        return _wait(what, replace(record, step=step), 0, "another run does not end there")
     if state == "requeue":
         return _wait(_said(status), replace(record, step=step, restarts=0), gained)
     restarts = 0 if gained > 0 else record.restarts
@@ -119,19 +137,34 @@ def decide_end(
     return Decision("requeue", f"{what}; {left}", new)
 
 
-def _wait(what: str, record: Record, gained: int) -> Decision:
+def _wait(
+    what: str, record: Record, gained: int, why: str = "is the time limit too short?"
+) -> Decision:
     """Runs again for a reason that is no fault, but not for ever."""
     if gained > 0:
         return Decision("requeue", what, replace(record, waits=0))
     text = f"{what}; {record.waits + 1} of {MAX_WAITS} restarts in a row for such a reason"
     if record.waits >= MAX_WAITS:
-        text = f"{what}; {MAX_WAITS} restarts in a row gained no step: is the time limit too short?"
+        text = f"{what}; {MAX_WAITS} restarts in a row gained no step: {why}"
         return _over("fail", text, record)
     return Decision("requeue", text, replace(record, waits=record.waits + 1))
 
 
 def _over(action: Action, reason: str, record: Record) -> Decision:
     return Decision(action, reason, replace(record, ended=reason))
+
+
+def _taken_over(record: Record) -> str:
+    return f"submission {record.submission} came later and has taken over this run"
+
+
+def later(one: str, other: str) -> bool:
+    """Whether a submission was surely made after another; both named by the time or both by ids."""
+    if one.isdigit() and other.isdigit():
+        return int(one) > int(other)
+    times = [_STAMP.fullmatch(name) for name in (one, other)]
+    first, second = ((match[1], int(match[2] or 1)) if match else None for match in times)
+    return first is not None and second is not None and first > second
 
 
 def _identity(status: Mapping[str, Any]) -> str:
@@ -194,9 +227,13 @@ def keep(decision: Decision, output_dir: Path) -> None:
     """Keep what was decided for the next job.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; names the file.
     """
-    write_object(output_dir / RECORD, {**asdict(decision.record), "reason": decision.reason})
+    path = output_dir / RECORD
+    try:
+        write_object(path, {**asdict(decision.record), "reason": decision.reason})
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def live_twin(output_dir: Path) -> str:

@@ -38,6 +38,8 @@ class Job:
     mem: str = ""
     exclude: str = ""
     """Nodes to leave out, as Slurm writes them."""
+    options: Sequence[str] = ()
+    """Further ones of sbatch, such as `gres=gpu:8`."""
     max_restarts: int = 3
     """Restarts in a row that may gain no step."""
     chained: bool = False
@@ -82,10 +84,10 @@ def sbatch_text(job: Job) -> str:
 #!/usr/bin/env bash
 # Written by tools/submit_slurm.py; docs/clusters.md says what each part does.
 {options}
-set -euo pipefail
 
 {_settings(job)}
 
+set -euo pipefail
 source "$CODE/examples/slurm/until_done.sh"
 train_until_done {_command(job)}
 """
@@ -108,6 +110,7 @@ def _options(job: Job) -> Iterator[str]:
         yield f"mem={job.mem}"
     if job.exclude:
         yield f"exclude={job.exclude}"
+    yield from job.options
     yield f"time={job.time}"
     yield f"signal=B:USR1@{min(WARN_SECONDS, seconds_of(job.time) // 10)}"
     yield "requeue"
@@ -115,6 +118,16 @@ def _options(job: Job) -> Iterator[str]:
     log = str(job.folder / "job.log").replace("%", "%%")  # Slurm fills in what follows a %
     yield f"output={shlex.quote(log)}"
     yield f"chdir={shlex.quote(str(job.work_dir))}"
+
+
+def own_options() -> set[str]:
+    """Names of all options that `sbatch_text` may write by itself."""
+    job = Job(
+        name="x", nodes=1, ranks_per_node=1, gpus_per_node=1, time="1", partition="x", account="x",
+        qos="x", cpus_per_task=1, mem="0", exclude="x", work_dir=Path(), output_dir=Path(),
+        folder=Path(), programs=Path(),
+    )  # fmt: skip
+    return {option.partition("=")[0] for option in _options(job)}
 
 
 def _settings(job: Job) -> str:
@@ -148,4 +161,4 @@ def _command(job: Job) -> str:
     if job.launcher == "deepspeed":
         start = f'bash {scripts}/deepspeed.sh" {job.ranks_per_node}'
         return f"{start} \\\n    {program}"
-    return f"srun --kill-on-bad-exit=1 \\\n    python {program}"
+    return f'srun --kill-on-bad-exit=1 \\\n    "${{PYTHON[@]}}" {program}'

@@ -89,7 +89,8 @@ class Watchdog:
             text: why.
             stacks: print where every thread stands.
         """
-        sys.stderr.write(f"[rank {self._rank}] {text}\n")
+        where = f"; this is where rank {self._rank} stands" if stacks else ""
+        sys.stderr.write(f"[rank {self._rank}] {text}{where}\n")
         sys.stderr.flush()
         if stacks:
             faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
@@ -122,5 +123,5 @@ class Watchdog:
                 return
             if limit is not None and self._idle > limit:
                 text = f"nothing moved for {limit:g} s (launch.watchdog_seconds)"
-                self.say_and_leave(f"{text}; this is where rank {self._rank} stands", stacks=True)
+                self.say_and_leave(text, stacks=True)
                 return

@@ -144,7 +144,6 @@ class Guard:
         text += f"the checkpoint of step {step} was saved" if saved else "no step was trained"
         text += ". Start again to go on"
         if request.effect == "stop":
-            self.requests.stopped()
             return RunStopped(text)
         return RunRequeued(text)
 
@@ -178,6 +177,9 @@ class Guard:
             if self._rank == 0:
                 step = int(self._outputs.read_status().get("step", 0))
                 self._outputs.write_status(error.status, step, str(error))
+                if error.status == "stopped":
+                    # Not earlier: killed in between, the run would start again.
+                    self.requests.stopped()
             return error
         if isinstance(error, KeyboardInterrupt):
             self._tell(f"rank {self._rank} was interrupted")

@@ -185,9 +185,6 @@ def _show(
 def _train(
     prepared: Prepared, environment: RankEnvironment, fresh: bool, accept: frozenset[str]
 ) -> int:
-    # Until the run listens there is nothing to save, and nothing that these should end.
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
     # torch and DeepSpeed take seconds to import, so a refused configuration does not wait for them.
     from megatron_mer.training.start import run
 
@@ -200,7 +197,9 @@ def _train(
     except (ConfigError, LaunchError) as error:
         return _refuse(error, environment)
     except RunStopped as error:
-        return _report(error, 0) if environment.rank == 0 else error.exit_code
+        if environment.rank == 0:
+            print(f"{error.status}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     except MegatronMerError as error:
         return _report(error, environment.rank)
     except Exception:  # noqa: BLE001

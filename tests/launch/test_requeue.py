@@ -9,9 +9,12 @@ from megatron_mer.launch.requeue import (
     MAX_WAITS,
     Record,
     decide_end,
+    decide_not_started,
     decide_refused,
     decide_start,
+    decide_taken_over,
     keep,
+    later,
     live_twin,
     read_record,
     write_object,
@@ -35,6 +38,7 @@ def began(before=None, **changed):
 def test_what_is_over_does_not_run_again(state):
     decision = decide_end(status(state, 20, reason="asked"), began(), 0, 3)
     assert (decision.action, decision.reason) == ("end", f"{state} at step 20 (asked)")
+    assert decision.record.step == 20
     after = decide_start(status(state, 20), decision.record, "s")
     assert after.action == "end"
     assert state in after.reason
@@ -118,8 +122,45 @@ def test_a_live_twin_is_waited_for_but_not_for_ever():
     assert "a run on n3 still trains in this directory; 1 of 30 restarts" in decision.reason
     worn = decide_end(status("running"), began(waits=MAX_WAITS), 2, 0, twin="a run on n3")
     assert worn.action == "fail"
-    lively = decide_end(status("running", 5), began(waits=MAX_WAITS), 2, 0, twin="a run on n3")
-    assert (lively.action, lively.record.waits) == ("requeue", 0)
+    # What the twin gains is not this job's.
+    lively = decide_end(status("running", 5), began(waits=2), 2, 0, twin="a run on n3")
+    assert (lively.action, lively.record.waits) == ("requeue", 3)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_later"),
+    [
+        ("20260131T000000Z", "20260130T235959Z", True),
+        ("20260131T000000Z_10", "20260131T000000Z_2", True),
+        ("20260131T000000Z_2", "20260131T000000Z", True),
+        ("20260131T000000Z", "20260131T000000Z", False),
+        ("20260130T000000Z", "20260131T000000Z", False),
+        ("10", "9", True),
+        ("9", "10", False),
+        ("20260131T000000Z", "9", False),
+        ("mine", "9", False),
+    ],
+)
+def test_which_submission_is_later(one, other, is_later):
+    assert later(one, other) is is_later
+
+
+def test_an_older_submission_leaves_the_run_to_a_newer_one():
+    newer = Record(submission="12", restarts=2)
+    decision = decide_start(status("running", 5), newer, "11")
+    assert (decision.action, decision.record) == ("end", newer)
+    assert "submission 12 came later and has taken over this run" in decision.reason
+    assert decide_start(status("running", 5), newer, "13").action == "start"
+    assert decide_taken_over(newer, "12") is None
+    assert decide_taken_over(Record(), "12") is None
+    taken = decide_taken_over(newer, "11")
+    assert (taken.action, taken.record) == ("end", newer)
+
+
+def test_a_warning_before_any_rank_runs_again_but_not_for_ever():
+    decision = decide_not_started(began(restarts=3))
+    assert (decision.action, decision.record.waits) == ("requeue", 1)
+    assert decide_not_started(began(waits=MAX_WAITS)).action == "fail"
 
 
 def test_bad_nodes_are_named():

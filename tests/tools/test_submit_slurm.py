@@ -12,11 +12,17 @@ from megatron_mer.config import load_config
 
 TOOL = Path(__file__).parents[2] / "tools" / "submit_slurm.py"
 GOLDEN = Path(__file__).parent / "golden"
+CPUS = ("--cpus-per-task", "1")
 NEEDED = ("--nodes", "2", "--gpus-per-node", "4", "--time", "24:00:00")
+WARNING = (
+    "warning: --cpus-per-task is not given; without it many clusters give each rank one core: "
+    "cores of a node / GPUs of a node\n"
+)
 CASES = {
     "srun": (
         "--partition", "gpu", "--account", "team", "--qos", "long", "--cpus-per-task", "8",
         "--mem", "0", "--exclude", "n[3-4]", "--accept", "mix,replay",
+        "--sbatch", "gres=gpu:4", "--sbatch=--mail-user=me@here",
     ),
     "torchrun": ("--launcher", "torchrun", "--cpus-per-task", "8", "--chain", "3"),
     "deepspeed": ("--launcher", "deepspeed", "--launch.max_restarts_without_step", "1"),
@@ -43,7 +49,8 @@ def test_a_dry_run_prints_the_sbatch_file_and_leaves_nothing(tiny, name):
     code, said, errors = call(
         tiny.folder, "--config", str(config), *NEEDED, *CASES[name], "--dry-run"
     )
-    assert (code, errors) == (0, "")
+    assert code == 0
+    assert errors == (WARNING if name == "deepspeed" else "")
     said = said.replace(str(tiny.folder), "/home/me/work")
     said = said.replace(str(Path(sys.executable).parent), "/home/me/.venv/bin")
     golden = GOLDEN / f"submit_{name}.sbatch"
@@ -66,6 +73,10 @@ def test_a_dry_run_prints_the_sbatch_file_and_leaves_nothing(tiny, name):
         (("--gpus-per-node", "0"), "--tasks-per-node: missing; allowed: at least 1"),
         (("--tasks-per-node", "2"), "--tasks-per-node: given 2, but --gpus-per-node 4"),
         (("--cpus-per-task", "0"), "--cpus-per-task: given 0"),
+        (("--sbatch", "time=1"), "--sbatch: given 'time=1', which this tool writes"),
+        (("--sbatch", "--"), "--sbatch: "),
+        (("--sbatch", "=x"), "--sbatch: given '=x'; allowed: NAME or NAME=VALUE"),
+        (("--partitoin", "gpu"), "--partitoin: no such option; did you mean --partition?"),
         (("--fresh",), "--fresh: given, but each restart of the job would begin anew"),
     ],
 )
@@ -78,19 +89,21 @@ def test_what_is_wrong_is_named_before_anything_is_written(tiny, options, said):
     assert not (tiny.folder / "run").exists()
 
 
-def fake_sbatch(folder, lines):
-    """A command that stands for a controller that takes or refuses jobs; it notes its arguments."""
-    path = folder / "bin" / "sbatch"
-    path.parent.mkdir()
-    path.write_text(f'#!/bin/sh\necho "$@" >>{folder}/asked\n{lines}\n')
-    path.chmod(0o755)
-    return f"{path.parent}:"
+def fake_sbatch(folder, lines, squeue=""):
+    """Commands that stand for a controller that takes or refuses jobs; sbatch notes what it got."""
+    (folder / "bin").mkdir(exist_ok=True)
+    noted = f'echo "$@" >>{folder}/asked; env >{folder}/env\n{lines}'
+    for name, does in (("sbatch", noted), ("squeue", squeue)):
+        path = folder / "bin" / name
+        path.write_text(f"#!/bin/sh\n{does}\n")
+        path.chmod(0o755)
+    return f"{folder}/bin:"
 
 
 def test_a_submitted_run_is_frozen(tiny):
     path = fake_sbatch(tiny.folder, f"wc -l <{tiny.folder}/asked")
     config = tiny.write("run")
-    options = (*NEEDED, "--chain", "3", "--optimizer.lr", "0.5")
+    options = (*NEEDED, *CPUS, "--chain", "3", "--optimizer.lr", "0.5")
     code, said, errors = call(tiny.folder, "--config", str(config), *options, path=path)
     assert (code, errors) == (0, "")
     (folder,) = (tiny.folder / "run" / "slurm").iterdir()
@@ -124,3 +137,32 @@ def test_what_slurm_refuses_is_passed_on(tiny):
     code, _, errors = call(tiny.folder, "--config", str(tiny.write("run")), *NEEDED, path=path)
     assert code == 2
     assert "invalid partition specified: gpu" in errors
+    assert not (tiny.folder / "run").exists(), "a submission that is refused leaves nothing behind"
+
+
+def test_a_run_that_a_job_still_has_is_not_submitted_again(tiny):
+    known = 'case "$*" in *%r*) echo Resources;; *) echo 7;; esac'
+    path = fake_sbatch(tiny.folder, "echo 7", known)
+    arguments = ("--config", str(tiny.write("run")), *NEEDED, *CPUS, "--nodes", "1", "--time", "60")
+    code, said, errors = call(tiny.folder, *arguments, path=path)
+    assert (code, errors) == (0, "")
+    assert "submitted job 7: 4 ranks on 1 node, 60 minutes\n" in said
+    assert said.endswith("it waits: Resources (squeue's reason)\n")
+    code, _, errors = call(tiny.folder, *arguments, path=path)
+    assert code == 2
+    assert "which jobs of Slurm have that are not over: 7" in errors
+    assert "scancel 7" in errors
+    assert len(list((tiny.folder / "run" / "slurm").iterdir())) == 1
+    # Once it is over squeue knows it no more.
+    assert call(tiny.folder, *arguments, path=fake_sbatch(tiny.folder, "echo 8"))[0] == 0
+
+
+def test_options_of_the_shell_that_submits_are_not_handed_on(tiny, monkeypatch):
+    for name in ("SBATCH_EXPORT", "SLURM_EXPORT_ENV", "SLURM_CPU_BIND_TYPE", "SLURM_MEM_PER_CPU"):
+        monkeypatch.setenv(name, "NONE")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "team")
+    path = fake_sbatch(tiny.folder, "echo 1")
+    assert call(tiny.folder, "--config", str(tiny.write("run")), *NEEDED, path=path)[0] == 0
+    env = (tiny.folder / "env").read_text()
+    assert "=NONE" not in env
+    assert "SBATCH_ACCOUNT=team" in env
