@@ -89,6 +89,8 @@ def end(asked, how, rank, last, step, name="asked"):
     assert (status["status"], status["step"]) == ("stopped" if how == "STOP" else "requeue", step)
     cause = {"STOP": "the file STOP", "job_end": "SLURM_JOB_END_TIME"}.get(how, f"signal {how}")
     assert cause in status["reason"]
+    assert f"\n{status['status']}: {status['reason']}" in f"\n{said}"
+    assert "error (" not in said, "an end as it was asked for"
     assert asked.steps(name) == list(range(1, step + 1))
     assert not (asked.tiny.folder / name / "STOP").exists()
 
