@@ -123,7 +123,8 @@ def work(options: argparse.Namespace) -> int:
     before = read_record(options.output_dir)
     decision = begin(options) if options.command == "begin" else end(options)
     print(f"requeue.py: {decision.action}: {decision.reason}", flush=True)
-    if decision.record != before:
+    # A start is always noted, so that a disk that stays full ends the job.
+    if decision.record != before or decision.action == "start":
         try:
             keep(decision, options.output_dir)
         except OSError as error:

@@ -72,22 +72,27 @@ def test_what_is_refused_does_not_begin_again(slurm_run):
     assert "requeue.py: fail: the run is refused, see above" in log
 
 
-def test_a_node_that_cannot_write_is_left_out(slurm_run, alone):
+@pytest.mark.parametrize("what", ["cannot write", "lacks the file system"])
+def test_a_node_that_is_not_fit_is_left_out(slurm_run, alone, what):
     config = slurm_run.tiny.write("run", saved_often)
     output_dir = slurm_run.tiny.folder / "run"
     output_dir.mkdir()
     cluster = slurm_run.cluster
-    cluster.inside("n2", "mount", "--bind", str(output_dir), str(output_dir))
-    cluster.inside("n2", "mount", "-o", "remount,bind,ro", str(output_dir))
+    place = str(output_dir if what == "cannot write" else slurm_run.tiny.folder)
+    if what == "cannot write":
+        cluster.inside("n2", "mount", "--bind", place, place)
+        cluster.inside("n2", "mount", "-o", "remount,bind,ro", place)
+    else:
+        cluster.inside("n2", "mount", "-t", "tmpfs", "none", place)
     try:
-        (job,) = slurm_run.submit(config, "--launch.preflight.min_free_gib", "0")
+        (job,) = slurm_run.submit(config)
         known = cluster.wait_job(job, 250)
     finally:
-        cluster.inside("n2", "umount", str(output_dir))
+        cluster.inside("n2", "umount", place)
     assert known["JobState"] == "COMPLETED"
     assert int(known["Restarts"]) >= 1
     assert known["NodeList"] == "n[1,3]"
     log = slurm_run.log("run")
-    assert "launch.preflight: node n2 cannot write into" in log
+    assert "no rank is started: n2 cannot read" in log
     assert "left out from now on: n2" in log
     assert slurm_run.tiny.results("run") == alone(saved_often)

@@ -52,3 +52,6 @@ def test_a_record_that_cannot_be_written_does_not_keep_a_job_from_running_again(
     assert last.returncode == 1
     assert "requeue.py: fail: " in last.stdout
     assert f"error: {run}/restarts.json: Is a directory" in last.stderr
+    begin = [sys.executable, TOOL, "begin", run, "--submission", "s"]
+    again = subprocess.run(begin, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 1, "a disk that stays full ends the job"
