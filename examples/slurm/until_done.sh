@@ -91,7 +91,7 @@ train_until_done() {
     fi
     # The ranks read it: they write their last checkpoint in time without a signal, too.
     export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(job_end_time)}
-    if ! nodes_are_fit; then
+    if [ "$terminated" = 1 ] || ! nodes_are_fit; then
         code=1
     elif [ "$warned" = 1 ]; then
         say "Slurm's warning came while the job began: no rank is started"
@@ -125,6 +125,8 @@ nodes_are_fit() {
     fit=$(timeout -k 10 120 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 --kill-on-bad-exit=0 \
         bash -c 'test -r "$0/pretrain_llama_mer.py" && trial=$(mktemp "$1/.node_XXXXXX") && rm "$trial" && echo "$SLURMD_NODENAME"' \
         "$CODE" "$OUTPUT_DIR" </dev/null) || true
+    # The check was ended with the job, and says nothing of nodes.
+    [ "$terminated" = 0 ] || return 1
     if [ -z "$fit" ]; then
         say "nodes could not be checked"
         return 0

@@ -74,12 +74,12 @@ class Job:
             text=True,
         )
 
-    def warn_at(self, file):
+    def warn_at(self, file, number=signal.SIGUSR1):
         end = time.monotonic() + 30
         while not (self.folder / file).exists():
             assert time.monotonic() < end, f"no {file}"
             time.sleep(0.02)
-        self.process.send_signal(signal.SIGUSR1)
+        self.process.send_signal(number)
 
     def end(self):
         """Exit code, what was printed, and which commands were called."""
@@ -161,6 +161,18 @@ def test_a_node_that_does_not_see_the_code_is_left_out(job):
     assert "left out from now on: n2" in said
     assert "scontrol update JobId=7 ExcNodeList=n9,n2" in called
     assert list(json.loads((job.folder / "run" / "bad_nodes.json").read_text())) == ["n2"]
+
+
+def test_a_check_of_nodes_that_was_ended_names_none(job):
+    job.command("scontrol", 'case "$*" in *hostnames*) echo n1; echo n2;; esac')
+    job.command("srun", "touch checking; /bin/sleep 1; echo n1; exit 1")
+    job.train("touch training")
+    job.begin(SLURM_JOB_NUM_NODES="2")
+    job.warn_at("checking", signal.SIGTERM)
+    code, said, _ = job.end()
+    assert code == 143, said
+    assert not (job.folder / "training").exists()
+    assert not (job.folder / "run" / "bad_nodes.json").exists()
 
 
 def test_nodes_that_cannot_be_asked_are_taken_as_they_are(job):
