@@ -20,11 +20,11 @@ def test_replay_of_a_stand_in_forgets_less(start, tmp_path):
         lines = (runs / run / "evaluations.jsonl").read_text().splitlines()
         losses = [json.loads(line)["losses"] for line in lines]
         begun[run], ends[run] = losses[0], losses[-1]
+        assert ends[run]["de"] < begun[run]["de"] - 1.0, run
     assert begun["replay"] == begun["plain"], "both start from the same folder"
     assert ends["replay"]["en"] < ends["plain"]["en"] - 0.05
-    for run in ("replay", "plain"):
-        for language in ("fr", "de"):
-            assert ends[run][language] < begun[run][language] - 1.0, (run, language)
+    # Plain continuation forgets French again while it learns German.
+    assert ends["replay"]["fr"] < ends["plain"]["fr"] - 0.5 < begun["plain"]["fr"] - 0.5
 
     last = max((runs / "replay" / "hf").iterdir())
     model = LlamaForCausalLM.from_pretrained(last)
@@ -32,6 +32,6 @@ def test_replay_of_a_stand_in_forgets_less(start, tmp_path):
     tokens = tokenizer("Der Rechner startet das Programm.", return_tensors="pt").input_ids
     with torch.no_grad():
         loss = model(tokens, labels=tokens).loss.item()
-    assert loss < 7.0, "half of German in a uniform guess is ln 4096 = 8.3"
+    assert loss < 7.0, "a uniform guess has ln 4096 = 8.3"
 
     assert "the run is done" in start(PROGRAM)
