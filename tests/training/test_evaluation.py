@@ -28,6 +28,7 @@ def test_training_is_the_same_to_the_bit_with_and_without_evaluation(tiny):
     assert tiny.results("often") == tiny.results("never")
 
 
+@pytest.mark.slow
 def test_eight_processes_evaluate_as_one(tiny):
     # No step moves the weights, so whatever differs comes from the evaluation itself.
     def still(config):

@@ -43,7 +43,10 @@ def from_hf(base: Path, tasks=("de",), **keys):
     return change
 
 
-@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
+SLOW = [pytest.param(*layout, marks=pytest.mark.slow) for layout in ((2, 2), (4, 1))]
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (1, 2), *SLOW])
 def test_through_a_layout_and_back_to_the_bit(tiny, base, tp_size, pp_size):
     layout = (f"--parallel.tp_size={tp_size}", f"--parallel.pp_size={pp_size}")
     tiny.train(tiny.write("run", from_hf(base)), *layout, *STILL, world_size=tp_size * pp_size)

@@ -12,7 +12,7 @@ CASES = {
     "bf16_tp2": (2, ("--precision=bf16", "--parallel.tp_size=2")),
     "fp32_tp2": (2, ("--precision=fp32", "--parallel.tp_size=2")),
 }
-LONG = {"bf16_tp2", "bf16_pp2_dp2"}
+LONG = {"bf16_tp2", "bf16_pp2_dp2", "fp32_tp2"}
 
 
 @pytest.mark.parametrize(
