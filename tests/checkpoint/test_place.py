@@ -23,12 +23,13 @@ def test_a_copy_is_the_checkpoint_byte_for_byte(tmp_path: Path, url: str):
     beside.write_bytes(b'{"step": 20}\n\xc3')  # torn within a letter
     for step in (10, 20):
         save(here, step)
-    copier = copied(here, url, beside=[beside, tmp_path / "missing"])
+    files = {"metrics.jsonl": beside, "from_hf/config.json": beside, "none": tmp_path / "none"}
+    copier = copied(here, url, beside=files)
     place = open_place(url)
     assert place.steps() == ["step_000000020", "step_000000010"]
     assert all(holds(place, path) for path in step_directories(here))
     assert place.read(LATEST) == b"step_000000020\n"
-    assert place.read("metrics.jsonl") == beside.read_bytes()
+    assert place.read("metrics.jsonl") == place.read("from_hf/config.json") == beside.read_bytes()
     assert place.owner() == OWNER
     assert list(place.best()) == place.steps()
     assert copier.missing() == []
