@@ -22,6 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mer.command import run_tool
+from megatron_mer.config import LaunchConfig
+from megatron_mer.config.yaml12 import read_yaml
 from megatron_mer.launch.requeue import (
     BAD_NODES,
     Decision,
@@ -74,9 +76,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     end.add_argument(
         "--max-restarts",
         type=int,
-        default=3,
         metavar="N",
-        help="restarts in a row that may gain no step (default: %(default)d)",
+        help="restarts in a row that may gain no step (default: the run's own setting)",
     )
     return parser.parse_args(arguments)
 
@@ -105,10 +106,19 @@ def end(options: argparse.Namespace) -> Decision:
         read_object(directory / "status.json"),
         record,
         options.exit_code,
-        options.max_restarts,
+        allowed_restarts(directory) if options.max_restarts is None else options.max_restarts,
         live_twin(directory),
         {node: str(what) for node, what in read_object(directory / BAD_NODES).items()},
     )
+
+
+def allowed_restarts(directory: Path) -> int:
+    """`launch.max_restarts_without_step` of the run; its default where no rank came so far."""
+    try:
+        text = (directory / "config.yaml").read_text(encoding="utf-8")
+        return int(read_yaml(text, "config.yaml").data["launch"]["max_restarts_without_step"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return LaunchConfig().max_restarts_without_step
 
 
 def work(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@
 #   RANKS=...        how many ranks the command starts
 #   SUBMISSION=...   a name that stays over all restarts and jobs of a chain; default: the job's id
 #   CHAIN=...        a file with the ids of a chain's jobs: the next one goes on where this one ends; default: requeue
-#   MAX_RESTARTS=... restarts in a row that may gain no step; default: 3
+#   MAX_RESTARTS=... restarts in a row that may gain no step; default: launch.max_restarts_without_step of the run
 #   PYTHON=(...)     what runs Python, such as (apptainer exec --nv image.sif python); default: python
 #   train_until_done COMMAND...     the command starts the ranks in a step of its own, by srun
 
@@ -112,7 +112,7 @@ train_until_done() {
     if [ "$started" = 0 ]; then
         ask end --submission "$submission" --not-started || end_job "$?" 1
     else
-        ask end --submission "$submission" --exit-code "$code" --max-restarts "${MAX_RESTARTS:-3}" || end_job "$?" "$code"
+        ask end --submission "$submission" --exit-code "$code" ${MAX_RESTARTS:+--max-restarts "$MAX_RESTARTS"} || end_job "$?" "$code"
     fi
     run_again
 }

@@ -55,3 +55,17 @@ def test_a_record_that_cannot_be_written_does_not_keep_a_job_from_running_again(
     begin = [sys.executable, TOOL, "begin", run, "--submission", "s"]
     again = subprocess.run(begin, capture_output=True, text=True, timeout=60)
     assert again.returncode == 1, "a disk that stays full ends the job"
+
+
+def test_the_run_says_how_often_it_may_fail(tmp_path):
+    """As in the files of examples/slurm, which do not know the configuration."""
+    for number, limit in enumerate((1, 3)):
+        run = tmp_path / str(number)
+        ask("begin", str(run), "--submission", "s")
+        if limit == 1:
+            (run / "config.yaml").write_text("launch: {max_restarts_without_step: 1}\n")
+        codes = []
+        while not codes or codes[-1] == 0:
+            write_object(run / "status.json", {**status("failed", 0), "pid": len(codes)})
+            codes.append(ask("end", str(run), "--submission", "s", "--exit-code", "1")[0])
+        assert codes == [0] * limit + [1]
